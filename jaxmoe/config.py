@@ -1,0 +1,298 @@
+"""The config tree: frozen, keyword-only dataclasses, strict on load, JSON both ways, fingerprinted.
+
+A config file is Python with functions that return a `Config`; a variant is `replace` of a parent.
+Values are validated by pydantic (types, ranges, unknown keys); cross-field rules live in `check`.
+Configs are hashable and are passed to jitted functions as static arguments.
+"""
+
+import ast
+import dataclasses
+import difflib
+import hashlib
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from jaxmoe.errors import UserError
+
+__all__ = ["Config", "apply_sets", "check", "diff", "fingerprint", "from_json", "load", "replace"]
+
+Positive = Annotated[int, Field(gt=0)]
+Natural = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class _Strict:
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(_Strict):
+    """Shape of the decoder. Letters are the dims' suffixes in tensor names."""
+
+    vocab_size: Positive = 4096  # V
+    d_model: Positive = 128  # D
+    n_layers: Positive = 4
+    n_heads: Positive = 4  # N
+    n_kv_heads: Positive = 2  # K, grouped-query attention
+    d_head: Positive = 32  # H
+    d_ff: Positive = 128  # F, of one expert
+    n_experts: Positive = 8  # E
+    top_k: Positive = 2
+    rope_theta: Annotated[float, Field(gt=0)] = 10_000.0
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-6
+    qk_norm: bool = True
+    load_balance_coef: NonNegative = 0.01  # Switch Transformer, section 2.2, eq. 4
+    router_z_coef: NonNegative = 0.001  # ST-MoE, section 3.2, eq. 5
+    z_loss_coef: NonNegative = 0.0001  # PaLM, section 5
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of compute; parameters rest in float32
+    remat: Literal["none", "full"] = "full"
+    loss_chunk: Positive = 64  # positions of a sequence whose logits live at one time
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(_Strict):
+    """Where text comes from, what is held out, and how it becomes tokens."""
+
+    path: str | None = None  # a folder of text files; None: what this Python installation has
+    holdout: tuple[str, ...] = ()  # packages never trained on; (): a share of them, by hash
+    tokenizer: Literal["bpe", "bytes"] = "bpe"
+    tokenizer_bytes: Positive = 6_000_000  # text that the BPE merges are learnt from
+    max_bytes: Positive = 32_000_000  # of training text, whole documents chosen by hash
+    holdout_bytes: Positive = 400_000  # of held-out text, likewise
+    cache: str | None = None  # None: $JAXMOE_CACHE, or ~/.cache/jaxmoe
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig(_Strict):
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 3e-3  # peak
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: NonNegative = 0.1
+    clip: Annotated[float, Field(gt=0)] = 1.0  # of the global gradient norm
+    schedule: Literal["wsd", "cosine", "constant"] = "wsd"
+    warmup_steps: Natural = 50
+    decay_fraction: Fraction = 0.2  # of all steps, at the end (wsd)
+    final_lr: Fraction = 0.0  # of the peak, at the last step
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(_Strict):
+    steps: Positive = 1000
+    batch_size: Positive = 8  # sequences, over all devices
+    seq_len: Positive = 256  # tokens
+    log_every: Positive = 10  # steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(_Strict):
+    every: Positive = 50  # steps
+    batch_size: Positive = 32  # sequences, over all devices
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig(_Strict):
+    """Sizes of the mesh axes. All axes always exist; 1 is unused, and data=-1 takes what is left."""
+
+    replica: Positive = 1  # data parallel across slow links
+    stage: Positive = 1  # pipeline
+    data: Annotated[int, Field(ge=-1)] = -1  # fully sharded data parallel
+    context: Positive = 1  # sequence
+    expert: Positive = 1
+    model: Positive = 1  # tensor
+    emulate: Natural = 0  # CPU devices a process pretends to have; 0: as many as the mesh needs
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig(_Strict):
+    every: Positive = 200  # steps
+    keep: Positive = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForecastConfig(_Strict):
+    first: Positive = 200  # step of the first forecast
+    every: Positive = 100  # steps between forecasts; a multiple of eval.every
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(_Strict):
+    """Everything that decides a run."""
+
+    name: str = "unnamed"
+    seed: Natural = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    forecast: ForecastConfig = field(default_factory=ForecastConfig)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.train.batch_size * self.train.seq_len
+
+
+def load(spec: str) -> Config:
+    """`FILE[:FUNCTION]` -> Config. Without a function the one named like the file is called.
+
+    Raises:
+        UserError: no such file or function, or the function does not return a Config.
+    """
+    file, _, function = spec.partition(":")
+    path = Path(file)
+    if not path.is_file():
+        raise UserError(f"--config {file}: no such file; configs/ has some to start from")
+    function = function or path.stem
+    module = _import_file(path)
+    build = getattr(module, function, None)
+    if not callable(build):
+        near = _nearest(function, [n for n in vars(module) if not n.startswith("_")])
+        raise UserError(f"--config {file}: it has no function {function!r}{near}")
+    config = build()
+    if not isinstance(config, Config):
+        raise UserError(f"--config {spec}: {function}() returned {type(config).__name__}, not Config")
+    return config
+
+
+def apply_sets(config: Config, sets: Sequence[str]) -> Config:
+    """Applies `a.b=v` overrides in order. `v` is a Python literal, or else a plain string."""
+    tree = dataclasses.asdict(config)
+    for item in sets:
+        key, eq, text = item.partition("=")
+        if not eq:
+            raise UserError(f"--set {item}: write it as KEY=VALUE, for example train.steps=100")
+        node, *path = tree, *key.strip().split(".")
+        for part in path[:-1]:
+            node = _child(node, part, key)
+        _child(node, path[-1], key)
+        if isinstance(node[path[-1]], dict):
+            raise UserError(f"--set {item}: {key} is a group; set one of {', '.join(node[path[-1]])}")
+        node[path[-1]] = _literal(text.strip())
+    return from_json(json.dumps(tree))
+
+
+def from_json(text: str) -> Config:
+    """Validates JSON text against the tree; an unknown key is an error that names the nearest one."""
+    try:
+        return TypeAdapter(Config).validate_json(text)
+    except ValidationError as error:
+        raise UserError("; ".join(map(_explain, error.errors()))) from None
+
+
+def to_json(config: Config) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=2)
+
+
+def fingerprint(config: Any) -> str:
+    """12 hex digits of the SHA-256 of a config's (or a part's) canonical JSON."""
+    canonical = json.dumps(dataclasses.asdict(config), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def diff(a: Config, b: Config) -> list[str]:
+    """`key: value in a -> value in b` for every leaf that differs."""
+    left, right = dict(_leaves(dataclasses.asdict(a))), dict(_leaves(dataclasses.asdict(b)))
+    return [f"{k}: {left[k]!r} -> {right[k]!r}" for k in left if left[k] != right[k]]
+
+
+def check(config: Config) -> None:
+    """Rules that span fields. Device counts are checked where devices are known (mesh.py)."""
+    m, mesh = config.model, config.mesh
+    _require(m.top_k <= m.n_experts, f"model.top_k={m.top_k} is more than model.n_experts={m.n_experts}")
+    _divides("model.n_kv_heads", m.n_kv_heads, "model.n_heads", m.n_heads)
+    _require(m.d_head % 2 == 0, f"model.d_head={m.d_head} must be even: RoPE turns pairs")
+    _divides("model.loss_chunk", m.loss_chunk, "train.seq_len", config.train.seq_len)
+    _divides("mesh.expert", mesh.expert, "model.n_experts", m.n_experts)
+    for dim in ("n_heads", "n_kv_heads", "d_ff", "vocab_size"):
+        _divides("mesh.model", mesh.model, f"model.{dim}", getattr(m, dim))
+    for axis in ("stage", "context"):
+        size = getattr(mesh, axis)
+        _require(size == 1, f"mesh.{axis}={size}: this axis is laid out but not built yet; set it to 1")
+    _require(mesh.data != 0, "mesh.data=0: give a size, or -1 for all devices that are left")
+    _divides("eval.every", config.eval.every, "forecast.every", config.forecast.every)
+    _divides("eval.every", config.eval.every, "forecast.first", config.forecast.first)
+    if config.data.tokenizer == "bytes":
+        _require(m.vocab_size >= 257, f"model.vocab_size={m.vocab_size}: bytes need at least 257")
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise UserError(message)
+
+
+def _divides(small_name: str, small: int, big_name: str, big: int) -> None:
+    _require(big % small == 0, f"{small_name}={small} does not divide {big_name}={big}")
+
+
+def _import_file(path: Path) -> Any:
+    # Named by location, so that two files of the same stem do not collide in sys.modules.
+    name = "jaxmoe_config_" + hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)  # a config may import its parents from the same folder
+    try:
+        spec.loader.exec_module(module)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"--config {path}: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(folder)
+    return module
+
+
+def _literal(text: str) -> Any:
+    constants = {"true": True, "false": False, "none": None, "null": None}
+    if text.lower() in constants:
+        return constants[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _child(node: Any, part: str, key: str) -> Any:
+    if not isinstance(node, dict) or part not in node:
+        options = list(node) if isinstance(node, dict) else []
+        raise UserError(f"unknown config key {key!r}{_nearest(part, options)}")
+    return node[part]
+
+
+def _nearest(word: str, options: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, options, n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; there are {', '.join(map(repr, options))}" if options else ""
+
+
+def _explain(error: Any) -> str:
+    path = [str(part) for part in error["loc"]]
+    key = ".".join(path)
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        node: Any = dataclasses.asdict(Config())
+        for part in path[:-1]:
+            node = node.get(part, {})
+        return f"unknown config key {key!r}{_nearest(path[-1], list(node))}"
+    return f"{key}={error['input']!r}: {error['msg']}"
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

@@ -1,0 +1,126 @@
+"""Cross-entropy fused with the output head, in chunks of the sequence, with its own VJP.
+
+The logits of `chunk` positions live at one time, so no [B, L, V] array ever exists. The gradient
+is taken while the logits are at hand, in the forward pass: the backward pass only scales it, and
+nothing is computed twice.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+Array = jax.Array
+
+
+@struct.dataclass
+class LossSums:
+    """Sums over tokens, so that uneven batches and shards add up before they are divided.
+
+    `total` carries the gradient; the others are for reading.
+    """
+
+    total: Array  # nll + z_coef * z, weighted; nats
+    nll: Array  # weighted; nats
+    z: Array  # logsumexp^2, weighted
+    weight: Array
+
+
+def cross_entropy(
+    x_BLD: Array, head_DV: Array, targets_BL: Array, weights_BL: Array, *, chunk: int, z_coef: float
+) -> LossSums:
+    """Sums of -log softmax(x @ head)[target] and of the z-loss (PaLM, arXiv:2204.02311, sec. 5).
+
+    Args:
+        x_BLD: final hidden states, compute dtype.
+        head_DV: output matrix, compute dtype; V may be sharded.
+        targets_BL: int32 token ids.
+        weights_BL: float32; 0 leaves a position out.
+        chunk: positions of each sequence handled at a time; divides L.
+        z_coef: weight of the z-loss.
+    """
+    total, (nll, z) = _sums(x_BLD, head_DV, targets_BL, weights_BL, chunk, z_coef)
+    return LossSums(total=total, nll=nll, z=z, weight=weights_BL.sum())
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _sums(
+    x_BLD: Array, head_DV: Array, targets_BL: Array, weights_BL: Array, chunk: int, z_coef: float
+) -> tuple[Array, tuple[Array, Array]]:
+    def step(carry: Any, inputs: Any) -> tuple[Any, None]:
+        x, targets, weights = inputs
+        nll, z, _ = _chunk_sums(x, head_DV, targets, weights)
+        return (carry[0] + nll, carry[1] + z), None
+
+    (nll, z), _ = jax.lax.scan(
+        step, (jnp.float32(0), jnp.float32(0)), _chunks(chunk, x_BLD, targets_BL, weights_BL)
+    )
+    return nll + z_coef * z, (nll, z)
+
+
+def _forward(
+    x_BLD: Array, head_DV: Array, targets_BL: Array, weights_BL: Array, chunk: int, z_coef: float
+) -> tuple[Any, Any]:
+    def step(carry: Any, inputs: Any) -> tuple[Any, Array]:
+        nll_sum, z_sum, dhead_DV = carry
+        x_BlD, targets_Bl, weights_Bl = inputs
+        nll, z, (logits_BlV, lse_Bl) = _chunk_sums(x_BlD, head_DV, targets_Bl, weights_Bl)
+        # d/dlogit of nll is p - onehot(target); of z_coef * lse^2, 2 * z_coef * lse * p.
+        p_BlV = jnp.exp(logits_BlV - lse_Bl[..., None])
+        scaled_BlV = p_BlV * (1 + 2 * z_coef * lse_Bl)[..., None]
+        hit_BlV = _is_target(targets_Bl, logits_BlV)
+        dlogits_BlV = (scaled_BlV - hit_BlV) * weights_Bl[..., None]
+        dlogits_BlV = dlogits_BlV.astype(x_BlD.dtype)
+        dx_BlD = jnp.einsum("BlV,DV->BlD", dlogits_BlV, head_DV, out_sharding=jax.typeof(x_BlD).sharding)
+        dhead_DV += jnp.einsum(
+            "BlD,BlV->DV", x_BlD, dlogits_BlV, preferred_element_type=jnp.float32,
+            out_sharding=jax.typeof(head_DV).sharding,
+        )
+        return (nll_sum + nll, z_sum + z, dhead_DV), dx_BlD
+
+    zero = (jnp.float32(0), jnp.float32(0), jnp.zeros_like(head_DV, dtype=jnp.float32))
+    (nll, z, dhead_DV), dx_nBlD = jax.lax.scan(
+        step, zero, _chunks(chunk, x_BLD, targets_BL, weights_BL)
+    )
+    dx_BLD = jnp.moveaxis(dx_nBlD, 0, 1).reshape(x_BLD.shape)
+    return (nll + z_coef * z, (nll, z)), (dx_BLD, dhead_DV.astype(head_DV.dtype))
+
+
+def _backward(chunk: int, z_coef: float, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
+    dx_BLD, dhead_DV = residuals
+    scale = cotangents[0]  # of `total`; nll and z are for reading and carry no gradient
+    return (dx_BLD * scale.astype(dx_BLD.dtype), dhead_DV * scale.astype(dhead_DV.dtype), None, None)
+
+
+_sums.defvjp(_forward, _backward)
+
+
+def _chunks(chunk: int, *arrays: Array) -> tuple[Array, ...]:
+    """[B, L, ...] -> [L / chunk, B, chunk, ...]: what a scan walks over."""
+
+    def split(a: Array) -> Array:
+        n = a.shape[1] // chunk
+        return jnp.moveaxis(a.reshape(a.shape[0], n, chunk, *a.shape[2:]), 1, 0)
+
+    return tuple(split(a) for a in arrays)
+
+
+def _chunk_sums(
+    x_BlD: Array, head_DV: Array, targets_Bl: Array, weights_Bl: Array
+) -> tuple[Array, Array, tuple[Array, Array]]:
+    logits_BlV = jnp.einsum("BlD,DV->BlV", x_BlD, head_DV, preferred_element_type=jnp.float32)
+    lse_Bl = jax.nn.logsumexp(logits_BlV, axis=-1)
+    # A masked sum, since V may be sharded and a sharded dim cannot be indexed.
+    target_Bl = jnp.where(_is_target(targets_Bl, logits_BlV), logits_BlV, 0).sum(-1)
+    nll = ((lse_Bl - target_Bl) * weights_Bl).sum()
+    z = (lse_Bl**2 * weights_Bl).sum()
+    return nll, z, (logits_BlV, lse_Bl)
+
+
+def _is_target(targets_Bl: Array, like_BlV: Array) -> Array:
+    ids = jax.lax.broadcasted_iota(
+        jnp.int32, like_BlV.shape, 2, out_sharding=jax.typeof(like_BlV).sharding
+    )
+    return ids == targets_Bl[..., None]

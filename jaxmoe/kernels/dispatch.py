@@ -1,0 +1,110 @@
+"""Rows to experts and back, by gathers alone.
+
+Everything here works on one shard: t tokens, each with A choices among E experts. An expert has C
+slots for this shard's rows; the plan says which choice sits in which slot, and the two gathers are
+each other's transpose, so neither direction ever scatters (scatters of rows are serial on CPU and
+atomic on GPU).
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+Array = jax.Array
+
+
+@struct.dataclass
+class Plan:
+    """Which choice sits in which slot; made once, used forward and backward."""
+
+    slot_tA: Array  # int32, expert * C + rank; E * C for a choice without a slot
+    token_S: Array  # int32, S = E * C: the token in each slot; t for an empty slot
+
+
+def make_plan(ids_tA: Array, n_experts: int, capacity: int) -> Plan:
+    """Slots in order of (expert, token, choice).
+
+    Args:
+        ids_tA: int32 expert of each choice; the choices of one token are different experts.
+        n_experts: E.
+        capacity: C. A load beyond it loses its last rows: the caller makes sure there is none.
+    """
+    t, a = ids_tA.shape
+    ids_n = ids_tA.reshape(-1)
+    order_n = jnp.argsort(ids_n, stable=True)
+    load_E = expert_load(ids_tA, n_experts)
+    start_E = jnp.cumsum(load_E) - load_E
+    rank_n = jnp.argsort(order_n, stable=True) - start_E[ids_n]
+    slot_n = jnp.where(rank_n < capacity, ids_n * capacity + rank_n, n_experts * capacity)
+
+    place_EC = start_E[:, None] + jnp.arange(capacity)[None, :]
+    filled_EC = jnp.arange(capacity)[None, :] < load_E[:, None]
+    choice_EC = order_n.at[place_EC].get(mode="fill", fill_value=0)
+    token_EC = jnp.where(filled_EC, choice_EC // a, t)
+    return Plan(
+        slot_tA=slot_n.reshape(t, a).astype(jnp.int32), token_S=token_EC.reshape(-1).astype(jnp.int32)
+    )
+
+
+def expert_load(ids_tA: Array, n_experts: int) -> Array:
+    """int32 [E]: the number of rows each expert gets."""
+    return jax.nn.one_hot(ids_tA.reshape(-1), n_experts, dtype=jnp.int32).sum(0)
+
+
+@jax.custom_vjp
+def to_slots(x_tD: Array, plan: Plan) -> Array:
+    """x_SD: each slot's token row; zeros in an empty slot."""
+    return _take(x_tD, plan.token_S)
+
+
+def _to_slots_fwd(x_tD: Array, plan: Plan) -> tuple[Array, Plan]:
+    return _take(x_tD, plan.token_S), plan
+
+
+def _to_slots_bwd(plan: Plan, dx_SD: Array) -> tuple[Array, None]:
+    # In float32: a token's A gradients are added, whatever the compute dtype.
+    dx_tAD = _take(dx_SD, plan.slot_tA).astype(jnp.float32)
+    return dx_tAD.sum(1).astype(dx_SD.dtype), None
+
+
+to_slots.defvjp(_to_slots_fwd, _to_slots_bwd)
+
+
+@jax.custom_vjp
+def from_slots(y_SD: Array, weights_tA: Array, plan: Plan) -> Array:
+    """y_tD: each token's rows, weighted and added in float32, in the dtype of y."""
+    return _combine(y_SD, weights_tA, plan)
+
+
+def _combine(y_SD: Array, weights_tA: Array, plan: Plan) -> Array:
+    y_tAD = _take(y_SD, plan.slot_tA).astype(jnp.float32)
+    return (y_tAD * weights_tA[..., None]).sum(1).astype(y_SD.dtype)
+
+
+def _from_slots_fwd(
+    y_SD: Array, weights_tA: Array, plan: Plan
+) -> tuple[Array, tuple[Array, Array, Plan]]:
+    return _combine(y_SD, weights_tA, plan), (y_SD, weights_tA, plan)
+
+
+def _from_slots_bwd(
+    residuals: tuple[Array, Array, Plan], dy_tD: Array
+) -> tuple[Array, Array, None]:
+    y_SD, weights_tA, plan = residuals
+    t, a = weights_tA.shape
+    y_tAD = _take(y_SD, plan.slot_tA).astype(jnp.float32)
+    dweights_tA = (y_tAD * dy_tD[:, None, :].astype(jnp.float32)).sum(-1)
+    # A slot's weight: its choice is the one of its token's A that points back at the slot.
+    slots_SA = _take(plan.slot_tA, plan.token_S, fill=-1)
+    mine_SA = slots_SA == jnp.arange(y_SD.shape[0], dtype=jnp.int32)[:, None]
+    weight_S = jnp.where(mine_SA, _take(weights_tA, plan.token_S), 0).sum(-1)
+    dy_SD = _take(dy_tD, plan.token_S).astype(jnp.float32) * weight_S[:, None]
+    return dy_SD.astype(y_SD.dtype), dweights_tA, None
+
+
+from_slots.defvjp(_from_slots_fwd, _from_slots_bwd)
+
+
+def _take(rows: Array, index: Array, fill: float = 0) -> Array:
+    """rows[index]; out of bounds gives `fill`."""
+    return rows.at[index].get(mode="fill", fill_value=fill)

@@ -1,0 +1,168 @@
+"""The device mesh: six axes that always exist, and the tables that map logical axes to them.
+
+    replica  data parallel across slow links      context  sequence
+    stage    pipeline                             expert   experts
+    data     fully sharded data parallel          model    tensor
+
+All axes are `AxisType.Explicit`: shardings are part of an array's type, and what is ambiguous is
+an error at trace time instead of a guess of the compiler.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxmoe import tree
+from jaxmoe.config import MeshConfig
+from jaxmoe.errors import UserError
+from jaxmoe.spec import Spec, is_spec
+
+AXES = ("replica", "stage", "data", "context", "expert", "model")
+
+# The batch is spread over every axis that is not busy with something else. The expert axis is one:
+# tokens sit on all its devices, and travel to their experts by all-to-all.
+BATCH = ("replica", "data", "expert")
+
+MeshAxes = tuple[str, ...]
+
+# How parameters rest: every large dim sharded. Dense weights shard their embed dim over `expert` as
+# well, since that axis holds other tokens but no part of them; experts' weights already use it.
+STORE: dict[str, MeshAxes] = {
+    "layers": (),
+    "vocab": ("model",),
+    "embed": ("data", "expert"),
+    "expert_embed": ("data",),
+    "heads": ("model",),
+    "head": (),
+    "ff": ("model",),
+    "experts": ("expert",),
+    "norm": (),
+    "router": (),
+}
+
+# How a layer uses them: FSDP's axes are gathered, tensor and expert axes stay.
+COMPUTE: dict[str, MeshAxes] = {**STORE, "embed": (), "expert_embed": ()}
+
+Rules = dict[str, MeshAxes]
+
+
+def sizes(config: MeshConfig, n_devices: int) -> dict[str, int]:
+    """Axis sizes; data=-1 takes the devices that are left.
+
+    Raises:
+        UserError: the product is not the number of devices.
+    """
+    shape = {axis: getattr(config, axis) for axis in AXES}
+    others = math.prod(size for axis, size in shape.items() if axis != "data")
+    if shape["data"] == -1:
+        shape["data"] = max(1, n_devices // others)
+    product = math.prod(shape.values())
+    if product != n_devices:
+        text = " x ".join(f"{axis}={size}" for axis, size in shape.items() if size > 1) or "1"
+        raise UserError(
+            f"the mesh {text} needs {product} devices, but there are {n_devices}; change mesh.*"
+            " (mesh.data=-1 takes what is left), the device count, or on CPU mesh.emulate"
+        )
+    return shape
+
+
+def devices_wanted(config: MeshConfig, n_processes: int) -> int:
+    """CPU devices each process should emulate, so that the mesh's product is met."""
+    if config.emulate:
+        return config.emulate
+    product = math.prod(max(1, getattr(config, axis)) for axis in AXES)
+    return max(1, product // n_processes)
+
+
+def build(config: MeshConfig) -> Mesh:
+    """The mesh over all devices of all processes."""
+    # jax.make_mesh silently takes a subset of the devices, so the product is checked first.
+    shape = sizes(config, jax.device_count())
+    return jax.make_mesh(
+        tuple(shape.values()), AXES, axis_types=(AxisType.Explicit,) * len(AXES)
+    )
+
+
+def abstract(config: MeshConfig, n_devices: int) -> AbstractMesh:
+    """A mesh without devices: type-checks a step of any size on any machine."""
+    shape = sizes(config, n_devices)
+    return AbstractMesh(
+        tuple(shape.values()), AXES, axis_types=(AxisType.Explicit,) * len(AXES)
+    )
+
+
+def partition(spec: Spec, rules: Rules) -> P:
+    """The PartitionSpec of a parameter under a rule table."""
+    return P(*(_entry(rules[axis]) for axis in spec.axes))
+
+
+def shardings(specs: Any, mesh: Mesh | AbstractMesh, rules: Rules = STORE) -> Any:
+    """NamedSharding of every parameter.
+
+    Raises:
+        UserError: a dim that its mesh axes do not divide.
+    """
+
+    def one(name: str, spec: Spec) -> NamedSharding:
+        for axis, size in zip(spec.axes, spec.shape, strict=True):
+            ways = math.prod(mesh.shape[a] for a in rules[axis])
+            if size % ways:
+                over = " x ".join(f"{a}={mesh.shape[a]}" for a in rules[axis])
+                raise UserError(
+                    f"{name}: its {axis} dim of {size} does not divide over the mesh axes {over}"
+                )
+        return NamedSharding(mesh, partition(spec, rules))
+
+    return tree.map_named(one, specs, is_leaf=is_spec)
+
+
+def check_batch(mesh: Mesh | AbstractMesh, name: str, batch_size: int) -> None:
+    """Raises UserError unless the batch divides over the axes that share it."""
+    ways = math.prod(mesh.shape[axis] for axis in BATCH)
+    if batch_size % ways:
+        over = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in BATCH)
+        raise UserError(f"{name}={batch_size} does not divide over the mesh axes {over}")
+
+
+def gather(params: Any, specs: Any, dtype: jnp.dtype) -> Any:
+    """A layer's parameters as it uses them: cast to `dtype` first (half the bytes move), then
+    resharded from STORE to COMPUTE."""
+
+    def one(spec: Spec, param: jax.Array) -> jax.Array:
+        return jax.reshard(param.astype(dtype) if spec.cast else param, partition(spec, COMPUTE))
+
+    return jax.tree.map(one, specs, params, is_leaf=is_spec)
+
+
+def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
+    return NamedSharding(mesh, P(BATCH, *(None,) * (ndim - 1)))
+
+
+def global_array(mesh: Mesh, shape: tuple[int, ...], rows: Any) -> jax.Array:
+    """A batch sharded over its first dim; `rows(start, stop) -> np.ndarray` is asked only for the
+    rows that this process's devices hold."""
+
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[0].indices(shape[0])
+        return rows(start, stop)
+
+    return jax.make_array_from_callback(shape, batch_sharding(mesh, len(shape)), shard)
+
+
+def concrete(abstract_tree: Any, mesh: Mesh) -> Any:
+    """`jax.eval_shape` gives shardings on an AbstractMesh, which orbax refuses: put them on `mesh`."""
+
+    def one(x: Any) -> jax.ShapeDtypeStruct:
+        spec = x.sharding.spec if x.sharding is not None else P()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(one, abstract_tree)
+
+
+def _entry(axes: MeshAxes) -> str | MeshAxes | None:
+    return axes[0] if len(axes) == 1 else (axes or None)

@@ -1,0 +1,11 @@
+"""The decoder: `x_specs(cfg)` declares parameters, `x(params, inputs, cfg)` uses them.
+
+Tensor names end in the letters of their dims (tests/model/test_names.py holds them true):
+
+    B batch           D model width       E experts                    V vocabulary
+    L position        N query heads       A a token's choices (top_k)  R layers
+    M key position    K key/value heads   C slots of an expert         T flattened tokens
+    H head width      G queries a kv head F expert feed-forward width  S all slots, E * C
+
+A lower-case letter is a part: this shard's, or this chunk's.
+"""

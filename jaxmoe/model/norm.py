@@ -1,0 +1,19 @@
+"""Root-mean-square normalisation (Zhang and Sennrich, arXiv:1910.07467)."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxmoe.spec import Spec
+
+Array = jax.Array
+
+
+def rms_norm_specs(width: int) -> Spec:
+    return Spec(shape=(width,), axes=("norm",), init="ones", cast=False)
+
+
+def rms_norm(scale: Array, x: Array, eps: float) -> Array:
+    """x / rms(x) * scale over the last dim; float32 inside, the dtype of x outside."""
+    x32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (x32 * inverse * jnp.expand_dims(scale, tuple(range(x.ndim - 1)))).astype(x.dtype)

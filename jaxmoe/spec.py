@@ -1,0 +1,87 @@
+"""A parameter is declared once, as data: shape, logical axes, init, dtype. The rest is derived.
+
+`x_specs(cfg)` in jaxmoe.model returns a tree of `Spec`; from it come init, shardings, counts,
+decay masks, the matrix view an optimiser needs, and the names in checkpoints.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxmoe import tree
+
+# Dims that only enumerate matrices: not part of any of them.
+BATCH_AXES = ("layers", "experts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """One parameter.
+
+    Attributes:
+        shape: sizes of the dims.
+        axes: logical axis of each dim; mesh.STORE and mesh.COMPUTE map them to mesh axes.
+        inputs: the logical axes that are summed over in the forward pass; their sizes give fan-in.
+        init: "normal" draws with std = gain / sqrt(fan_in).
+        gain: see init.
+        cast: whether the layer uses it in the compute dtype (False: stays float32).
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    inputs: tuple[str, ...] = ()
+    init: Literal["normal", "zeros", "ones"] = "normal"
+    gain: float = 1.0
+    cast: bool = True
+
+    def __post_init__(self) -> None:
+        assert len(self.shape) == len(self.axes), (self.shape, self.axes)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def fan_in(self) -> int:
+        sizes = dict(zip(self.axes, self.shape, strict=True))
+        return math.prod(sizes[axis] for axis in self.inputs)
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it mixes features, so that weight decay and Muon apply (embeddings do not)."""
+        return len([a for a in self.axes if a not in BATCH_AXES]) >= 2 and "vocab" not in self.axes
+
+
+def is_spec(x: Any) -> bool:
+    return isinstance(x, Spec)
+
+
+def map_specs(f: Callable[[Spec], Any], specs: Any) -> Any:
+    return jax.tree.map(f, specs, is_leaf=is_spec)
+
+
+def stack(specs: Any, n: int) -> Any:
+    """The specs of n equal layers, stacked on a leading `layers` dim for a scan."""
+    return map_specs(lambda s: replace(s, shape=(n, *s.shape), axes=("layers", *s.axes)), specs)
+
+
+def init(specs: Any, key: jax.Array) -> Any:
+    """float32 parameters. Each tensor's draw depends on the key and its own name only."""
+    return tree.map_named(lambda n, s: _draw(s, tree.fold_name(key, n)), specs, is_leaf=is_spec)
+
+
+def count(specs: Any) -> int:
+    return sum(s.size for s in jax.tree.leaves(specs, is_leaf=is_spec))
+
+
+def _draw(spec: Spec, key: jax.Array) -> jax.Array:
+    if spec.init == "zeros":
+        return jnp.zeros(spec.shape, jnp.float32)
+    if spec.init == "ones":
+        return jnp.ones(spec.shape, jnp.float32)
+    std = spec.gain / math.sqrt(spec.fan_in)
+    return std * jax.random.normal(key, spec.shape, jnp.float32)
