@@ -60,14 +60,9 @@ def attention(params: Attention, x_BLD: Array, cfg: ModelConfig) -> Array:
         q_BLNH = rope(q_BLNH, positions_L, cfg.rope_theta)
         k_BLKH = rope(k_BLKH, positions_L, cfg.rope_theta)
     with jax.named_scope("attend"):
-        groups = cfg.n_heads // cfg.n_kv_heads
-        b, length = x_BLD.shape[:2]
-        q_BLKGH = q_BLNH.reshape(
-            b, length, cfg.n_kv_heads, groups, cfg.d_head, out_sharding=P(BATCH, None, "model")
-        )
-        o_BLKGH = causal_attention(q_BLKGH, k_BLKH, v_BLKH)
-        o_BLNH = o_BLKGH.reshape(
-            b, length, cfg.n_heads, cfg.d_head, out_sharding=P(BATCH, None, "model")
+        heads = P(BATCH, None, "model")
+        o_BLNH = jax.shard_map(causal_attention, in_specs=(heads,) * 3, out_specs=heads)(
+            q_BLNH, k_BLKH, v_BLKH
         )
     with jax.named_scope("out"):
         return jnp.einsum(

@@ -1,0 +1,110 @@
+"""Optimisers and learning-rate schedules, from optax; sharded as the parameters are."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxmoe import mesh
+from jaxmoe.config import OptimConfig
+from jaxmoe.spec import BATCH_AXES, Spec, is_spec, map_specs
+
+Array = jax.Array
+Schedule = Callable[[Any], Any]
+
+# Keller Jordan's quintic iteration (kellerjordan.github.io/posts/muon): steepest at zero, so that
+# five rounds bring every singular value near one.
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+def schedule(cfg: OptimConfig, steps: int) -> Schedule:
+    """Learning rate of the update with index 0 .. steps - 1.
+
+    wsd: linear warm-up, constant, linear decay over the last `decay_fraction` of all steps (Hu et
+    al., arXiv:2404.06395; linear as in Haegele et al., arXiv:2405.18392). The warm-up's first update
+    already moves, and `final_lr` is reached one update after the last.
+    """
+    after = max(1, steps - cfg.warmup_steps)
+    if cfg.schedule == "wsd":
+        decay = max(1, round(steps * cfg.decay_fraction))
+        stable = optax.constant_schedule(cfg.lr)
+        falling = optax.linear_schedule(cfg.lr, cfg.lr * cfg.final_lr, decay)
+        body = optax.join_schedules([stable, falling], [max(0, after - decay)])
+    elif cfg.schedule == "cosine":
+        body = optax.cosine_decay_schedule(cfg.lr, after, alpha=cfg.final_lr)
+    else:
+        body = optax.constant_schedule(cfg.lr)
+    if not cfg.warmup_steps:
+        return body
+    n = cfg.warmup_steps
+    warmup = optax.linear_schedule(cfg.lr / n, cfg.lr, max(1, n - 1))
+    return optax.join_schedules([warmup, body], [n])
+
+
+def relative_path(cfg: OptimConfig, steps: int) -> np.ndarray:
+    """float64 [steps]: learning rate of each update over its peak, for the forecast."""
+    rates = jax.vmap(schedule(cfg, steps))(jnp.arange(steps))
+    return np.asarray(rates, np.float64) / cfg.lr
+
+
+def optimizer(cfg: OptimConfig, specs: Any, steps: int) -> optax.GradientTransformation:
+    """Clipping by the global norm, the update rule, decoupled decay of the matrices, the rate."""
+    matrices = map_specs(lambda s: s.is_matrix, specs)
+    adam = optax.scale_by_adam(b1=cfg.beta1, b2=cfg.beta2, eps=cfg.eps)
+    rule = adam if cfg.name == "adamw" else _muon(cfg, specs, adam)
+    return optax.chain(
+        optax.clip_by_global_norm(cfg.clip),
+        rule,
+        optax.add_decayed_weights(cfg.weight_decay, mask=matrices),
+        optax.scale_by_learning_rate(schedule(cfg, steps)),
+    )
+
+
+def _muon(cfg: OptimConfig, specs: Any, adam: Any) -> optax.GradientTransformation:
+    """Muon for matrices, Adam for the rest (Liu et al., arXiv:2502.16982)."""
+    labels = map_specs(lambda s: "muon" if s.is_matrix else "adam", specs)
+
+    def update(updates: Any, _: Any) -> Any:
+        # Under `partition` the other group's leaves are masked nodes without an array.
+        def one(spec: Spec, leaf: Any) -> Any:
+            return orthogonalize(leaf, spec) if isinstance(leaf, jax.Array) else leaf
+
+        return jax.tree.map(one, specs, updates, is_leaf=is_spec)
+
+    muon = optax.chain(optax.trace(cfg.beta2, nesterov=True), optax.stateless(update))
+    return optax.partition({"muon": muon, "adam": adam}, labels)
+
+
+def orthogonalize(update: Array, spec: Spec) -> Array:
+    """The nearest (semi-)orthogonal matrix, scaled to the RMS of an Adam update.
+
+    Each matrix of a stack (layers, experts) is one problem. Its dims are gathered, since the
+    products mix all of them; stacks stay sharded over their own axes.
+    """
+    stacked = [a for a in spec.axes if a in BATCH_AXES]
+    ins = [a for a in spec.axes if a in spec.inputs]
+    batch = spec.shape[: len(stacked)]
+    fan_out = spec.size // (math.prod(batch) * spec.fan_in)
+    rules = {**mesh.COMPUTE, **{a: () for a in spec.axes if a not in BATCH_AXES}}
+    whole = jax.reshard(update, mesh.partition(spec, rules))
+    assert list(spec.axes) == stacked + ins + list(spec.axes[len(stacked) + len(ins) :]), spec.axes
+    matrix = whole.reshape(*batch, spec.fan_in, fan_out)
+    scale = 0.2 * math.sqrt(max(spec.fan_in, fan_out))
+    result = scale * _newton_schulz(matrix)
+    return jax.reshard(result.reshape(spec.shape), jax.typeof(update).sharding)
+
+
+def _newton_schulz(x: Array, rounds: int = 5) -> Array:
+    a, b, c = NEWTON_SCHULZ
+    tall = x.shape[-2] > x.shape[-1]
+    x = jnp.swapaxes(x, -1, -2) if tall else x
+    x = x / (jnp.sqrt(jnp.sum(x * x, axis=(-1, -2), keepdims=True)) + 1e-7)
+    for _ in range(rounds):
+        gram = x @ jnp.swapaxes(x, -1, -2)
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return jnp.swapaxes(x, -1, -2) if tall else x
+

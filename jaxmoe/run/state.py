@@ -1,0 +1,56 @@
+"""What a training step carries, and how it is made on a mesh."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxmoe import mesh as mesh_lib
+from jaxmoe import spec as spec_lib
+from jaxmoe.config import Config
+from jaxmoe.model.lm import Lm, lm_specs
+from jaxmoe.optim import optimizer
+
+
+@struct.dataclass
+class TrainState:
+    step: Any  # int32 []: updates done
+    params: Lm
+    opt_state: Any
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    return optimizer(config.optim, lm_specs(config.model), config.train.steps)
+
+
+def abstract_state(config: Config, mesh: Any) -> TrainState:
+    """Shapes, dtypes and shardings of the state on a mesh (which may be abstract).
+
+    The moments' shardings are not written anywhere: they follow from the parameters' types.
+    """
+    shardings = mesh_lib.shardings(lm_specs(config.model), mesh)
+    params = jax.tree.map(
+        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, jnp.float32, sharding=sharding),
+        lm_specs(config.model),
+        shardings,
+        is_leaf=spec_lib.is_spec,
+    )
+    opt_state = jax.eval_shape(make_optimizer(config).init, params)
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
+    return mesh_lib.concrete(TrainState(step=step, params=params, opt_state=opt_state), mesh)
+
+
+def init_state(config: Config, mesh: Mesh) -> TrainState:
+    """A fresh state; the same values on every mesh."""
+
+    def make(key: jax.Array) -> TrainState:
+        params = spec_lib.init(lm_specs(config.model), key)
+        opt_state = make_optimizer(config).init(params)
+        return TrainState(step=jnp.int32(0), params=params, opt_state=opt_state)
+
+    out = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
+    return jax.jit(make, out_shardings=out)(jax.random.key(config.seed))

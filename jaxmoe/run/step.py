@@ -1,0 +1,68 @@
+"""The train step and the evaluation step: pure functions of (state, batch, config)."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from jaxmoe.config import Config
+from jaxmoe.kernels.cross_entropy import LossSums
+from jaxmoe.model.lm import Lm, lm_loss
+from jaxmoe.model.moe import RouterStats
+from jaxmoe.run.state import TrainState, make_optimizer
+
+Array = jax.Array
+
+
+@struct.dataclass
+class Batch:
+    """Sequences with one token more than is predicted from: targets are the same, shifted."""
+
+    tokens_BL: Any  # int32 [B, L + 1]
+    weights_BL: Any  # float32 [B, L]; 0 leaves a target out
+
+    def inputs(self) -> Array:
+        return self.tokens_BL[:, :-1]
+
+    def targets(self) -> Array:
+        return self.tokens_BL[:, 1:]
+
+
+@struct.dataclass
+class StepMetrics:
+    """Of one step; stays on the device until the loop reads it, a step late."""
+
+    sums: LossSums
+    router: RouterStats
+    grad_norm: Array  # before clipping
+
+
+@partial(jax.jit, static_argnums=2, donate_argnums=0)
+def train_step(state: TrainState, batch: Batch, config: Config) -> tuple[TrainState, StepMetrics]:
+    """One update. The state is donated: its buffers are the new state's."""
+
+    def loss(params: Lm) -> tuple[Array, tuple[LossSums, RouterStats]]:
+        sums, router = lm_loss(
+            params, batch.inputs(), batch.targets(), batch.weights_BL, config.model
+        )
+        return sums.total / sums.weight, (sums, router)
+
+    grads, (sums, router) = jax.grad(loss, has_aux=True)(state.params)
+    updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    new = TrainState(step=state.step + 1, params=params, opt_state=opt_state)
+    return new, StepMetrics(sums=sums, router=router, grad_norm=optax.global_norm(grads))
+
+
+@partial(jax.jit, static_argnums=2)
+def eval_step(params: Lm, batch: Batch, config: Config) -> LossSums:
+    """Loss sums of a held-out batch; add them up, then divide."""
+    sums, _ = lm_loss(params, batch.inputs(), batch.targets(), batch.weights_BL, config.model)
+    return sums
+
+
+def add(a: LossSums, b: LossSums) -> LossSums:
+    return jax.tree.map(jnp.add, a, b)
