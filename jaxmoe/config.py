@@ -191,8 +191,9 @@ def from_json(text: str) -> Config:
         raise UserError("; ".join(map(_explain, error.errors()))) from None
 
 
-def to_json(config: Config) -> str:
-    return json.dumps(dataclasses.asdict(config), indent=2)
+def as_dict(config: Config) -> dict[str, Any]:
+    """Plain JSON values: what `from_json` reads back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def fingerprint(config: Any) -> str:

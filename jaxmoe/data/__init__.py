@@ -1,0 +1,1 @@
+"""Real text from the disk to token sequences: sources, held-out split, tokenizer, cache, loader."""

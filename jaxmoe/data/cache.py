@@ -1,0 +1,194 @@
+"""Data sets on disk, built once: found by a fingerprint of their sources and settings.
+
+CACHE/KEY/          as `build` writes it; it appears whole, by a rename, or not at all
+CACHE/KEY.lock      held by the process that builds; the others wait
+CACHE/KEY.tmp-*     a build under way, or what a killed one left (the next build removes it)
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+
+from jaxmoe.config import DataConfig
+from jaxmoe.data import sources
+from jaxmoe.data.build import FORMAT, MANIFEST, Report, sync_folder, write
+from jaxmoe.data.tokenizer import Tokenizer
+from jaxmoe.errors import UserError
+
+__all__ = ["Corpus", "HeldOut", "load", "prepare"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HeldOut:
+    name: str
+    tokens: np.ndarray  # [tokens]: eot, then every document followed by eot
+    bytes: int  # of UTF-8 text
+    fingerprint: str  # of the text: the same under every tokenizer
+    xz_bits_per_byte: float  # of exactly these bytes, preset 9
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Corpus:
+    """A data set. Losses are only comparable between runs with the same `fingerprint`."""
+
+    folder: Path
+    manifest: Mapping[str, Any]
+    tokenizer: Tokenizer
+    train: np.ndarray  # [tokens] memmap: eot, then every document followed by eot
+    heldout: HeldOut
+    fingerprint: str  # 16 hex digits over the SHA-256 of every file
+
+
+class _Broken(Exception):
+    """A folder that is not a whole data set of this format."""
+
+
+def prepare(
+    config: DataConfig, vocab_size: int, report: Report | None = None, *, verify: bool = False
+) -> Corpus:
+    """The data set of `config`, from the cache or built into it.
+
+    Several processes may call this at once: one builds. A damaged data set is built again, and
+    `report` gets a phase that says so. `verify` reads every file and compares SHA-256 sums.
+
+    Raises:
+        UserError: the sources cannot be used, or the cache cannot be written.
+    """
+    report = report or (lambda phase, fraction: None)
+    report("list", 0.0)
+    listing = sources.installed() if config.path is None else sources.folder(config.path)
+    report("list", 1.0)
+    root = _root(config)
+    folder = root / _key(config, vocab_size, listing)
+    try:
+        return _open(folder, verify)
+    except _Broken:
+        pass
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with _locked(folder, report):
+            return _open_or_build(folder, config, vocab_size, listing, report, verify)
+    except PermissionError as error:
+        raise UserError(f"cache {root}: {error}; set data.cache or $JAXMOE_CACHE") from error
+
+
+def load(folder: str | Path, *, verify: bool = False) -> Corpus:
+    """The data set in `folder`, a sub-folder of a cache.
+
+    Raises:
+        UserError: it is not whole; the message names the file and the mend.
+    """
+    try:
+        return _open(Path(folder), verify)
+    except _Broken as error:
+        raise UserError(f"{folder}: {error}; delete this folder, and it is built again") from None
+
+
+def _open_or_build(
+    folder: Path,
+    config: DataConfig,
+    vocab_size: int,
+    listing: sources.Listing,
+    report: Report,
+    verify: bool,
+) -> Corpus:
+    """With the lock held: another process may have built it meanwhile."""
+    try:
+        return _open(folder, verify)
+    except _Broken as error:
+        if folder.exists():
+            report(f"building again: {error}", 0.0)
+            shutil.rmtree(folder)
+    for stale in folder.parent.glob(f"{folder.name}.tmp-*"):
+        shutil.rmtree(stale)  # its builder died: we hold the lock that it held
+    unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
+    try:
+        write(unfinished, config, vocab_size, listing, report)
+        os.chmod(unfinished, 0o755)  # mkdtemp's folders are private; a cache may be shared
+        os.rename(unfinished, folder)
+        sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return _open(folder, verify)
+
+
+def _locked(folder: Path, report: Report) -> Any:
+    lock = filelock.FileLock(f"{folder}.lock")
+    try:
+        return lock.acquire(timeout=0)
+    except filelock.Timeout:
+        report("waiting for the process that builds it", 0.0)
+        return lock.acquire(poll_interval=0.2)
+
+
+def _open(folder: Path, verify: bool) -> Corpus:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise _Broken(f"{MANIFEST}: {type(error).__name__}") from None
+    if manifest.get("format") != FORMAT:
+        raise _Broken(f"{MANIFEST}: format {manifest.get('format')} is not {FORMAT}")
+    for name, expected in manifest["files"].items():
+        _check(folder / name, expected, verify)
+    tokenizer = Tokenizer((folder / "tokenizer.json").read_text())
+    dtype = np.dtype(manifest["tokenizer"]["dtype"])
+    held = manifest["holdout"]
+    return Corpus(
+        folder=folder,
+        manifest=manifest,
+        tokenizer=tokenizer,
+        train=np.memmap(folder / "train.bin", dtype, mode="r"),
+        heldout=HeldOut(
+            name="holdout",
+            tokens=np.fromfile(folder / "holdout.bin", dtype),
+            bytes=held["bytes"],
+            fingerprint=held["fingerprint"],
+            xz_bits_per_byte=held["xz_bits_per_byte"],
+        ),
+        fingerprint=_digest({n: f["sha256"] for n, f in manifest["files"].items()}),
+    )
+
+
+def _check(path: Path, expected: Mapping[str, Any], verify: bool) -> None:
+    size = path.stat().st_size if path.is_file() else None
+    if size != expected["bytes"]:
+        raise _Broken(f"{path.name} has {size} bytes instead of {expected['bytes']}")
+    if verify:
+        with open(path, "rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        if found != expected["sha256"]:
+            raise _Broken(f"{path.name} has changed: its SHA-256 is {found}")
+
+
+def _root(config: DataConfig) -> Path:
+    named = config.cache or os.environ.get("JAXMOE_CACHE") or "~/.cache/jaxmoe"
+    return Path(named).expanduser().resolve()
+
+
+def _key(config: DataConfig, vocab_size: int, listing: sources.Listing) -> str:
+    """Names and times stand for the contents: reading 70 MB at each start would be too slow."""
+    bpe = config.tokenizer == "bpe"
+    return _digest(
+        {
+            "format": FORMAT,
+            "holdout": sorted(set(config.holdout)),
+            "tokenizer": [config.tokenizer, config.tokenizer_bytes, vocab_size] if bpe else "bytes",
+            "max_bytes": config.max_bytes,
+            "holdout_bytes": config.holdout_bytes,
+            "files": [[f.package, f.name, f.size, f.mtime_ns] for f in listing.files],
+        }
+    )
+
+
+def _digest(tree: Any) -> str:
+    canonical = json.dumps(tree, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]

@@ -1,0 +1,251 @@
+"""The training loop. Its order is fixed: eval, checkpoint, next batch, step, read the step before.
+
+- Eval and checkpoint see the same state; the checkpoint holds what the eval told the forecast.
+- The next batch is drawn after the checkpoint is saved, so the saved position is the batch's own.
+- Metrics are read a step late: the device is never waited for, except before an eval or a save,
+  which must not hide a step's time and must not leave a logged step behind.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxmoe import config as config_lib
+from jaxmoe import mesh as mesh_lib
+from jaxmoe.config import Config
+from jaxmoe.data.cache import Corpus
+from jaxmoe.data.loader import Stream, heldout_batches
+from jaxmoe.errors import UserError
+from jaxmoe.run import record
+from jaxmoe.run.checkpoint import Checkpoints
+from jaxmoe.run.forecasting import ForecastHook
+from jaxmoe.run.meter import Meter
+from jaxmoe.run.progress import Display
+from jaxmoe.run.record import RunRecord
+from jaxmoe.run.state import TrainState, abstract_state, init_state
+from jaxmoe.run.step import Batch, StepMetrics, add, eval_step, train_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Of a finished run: final held-out loss."""
+
+    step: int
+    nll: float  # nats per token
+    bits_per_byte: float
+
+
+def due(step: int, every: int) -> bool:
+    """The one predicate for periodic work (the end of a run is asked for separately)."""
+    return step % every == 0
+
+
+class Trainer:
+    """A run on a mesh: everything the loop needs, built once. All processes build the same."""
+
+    def __init__(
+        self, config: Config, mesh: Mesh, corpus: Corpus, run_dir: Path, display: Display, peak: float
+    ) -> None:
+        self.config, self.mesh, self.corpus, self.display = config, mesh, corpus, display
+        self.record = RunRecord(run_dir, writes=jax.process_index() == 0)
+        self.stream = Stream(corpus.train, config.train.seq_len, config.seed)
+        self.held_out = heldout_batches(
+            corpus.heldout.tokens, config.train.seq_len, config.eval.batch_size
+        )
+        self.forecast: ForecastHook | None = None
+        self.meter = Meter(config, peak=peak)
+        self.position = 0  # sequences drawn: the data position
+        self.evaluated: tuple[int, float] | None = None
+
+    # Set up
+
+    def prepare(self) -> TrainState:
+        """The state to go on from: the newest whole checkpoint's, or a fresh one."""
+        self.record.begin(self.config)
+        if jax.process_index() == 0:
+            note = partial(self._event, "register")
+            self.forecast = ForecastHook(
+                self.config, self.record.folder, self.corpus.heldout, note
+            )
+        self.checkpoints = Checkpoints(
+            self.record.folder / record.CHECKPOINTS, self.config.checkpoint
+        )
+        restored = self.checkpoints.restore(abstract_state(self.config, self.mesh))
+        if restored is None:
+            self.record.rewind(0)
+            self._event("start", 0, f"config {config_lib.fingerprint(self.config)}")
+            return init_state(self.config, self.mesh)
+        for step, why in restored.broken:
+            self._event("fallback", step, f"checkpoint {step} cannot be restored: {why}")
+        self._resume(restored.step, restored.meta)
+        return restored.state
+
+    def _resume(self, step: int, meta: dict[str, Any]) -> None:
+        if meta["data"] != self.corpus.fingerprint:
+            raise UserError(
+                f"the training data changed since the checkpoint of step {step} ({meta['data']} ->"
+                f" {self.corpus.fingerprint}): losses would not be comparable; bring it back, or"
+                " give another --run-dir"
+            )
+        self.position = meta["position"]
+        self.meter.restore(meta["seconds"])
+        self.record.rewind(step)
+        if self.forecast is not None:
+            self.forecast.restore(meta["forecast"])
+        if meta["forecast"] and meta["forecast"][-1][0] == step:
+            self.evaluated = (step, meta["forecast"][-1][1])
+        self._event("resume", step, f"from checkpoint {step}")
+
+    # The loop
+
+    def run(self, state: TrainState) -> Outcome:
+        config = self.config
+        step, last = int(state.step), config.train.steps
+        saved, pending = step if self.position else -1, None
+        while True:
+            if due(step, config.eval.every) or step == last:
+                pending = self._read(pending)
+                self.evaluate(step, state)
+            if (due(step, config.checkpoint.every) and step and step != saved) or step == last:
+                pending = self._read(pending)
+                self.save(step, state)
+            if step == last:
+                break
+            batch = self.next_batch()
+            state, metrics = self._step(state, batch)
+            pending, earlier = (step + 1, metrics), pending
+            self._read(earlier)
+            step += 1
+        self.checkpoints.close()
+        assert self.evaluated is not None
+        nll = self.evaluated[1]
+        self._event("done", step, f"held-out {nll:.5f} nats per token")
+        return Outcome(step=step, nll=nll, bits_per_byte=nll * self.bits_per_nat)
+
+    def next_batch(self) -> Batch:
+        """Rows position, position + 1, ... of the stream; each process reads its own."""
+        size, length = self.config.train.batch_size, self.config.train.seq_len
+        rows = partial(self.stream.rows, self.position)
+        tokens = mesh_lib.global_array(self.mesh, (size, length + 1), rows)
+        ones = lambda start, stop: np.ones((stop - start, length), np.float32)  # noqa: E731
+        self.position += size
+        return Batch(
+            tokens_BL=tokens, weights_BL=mesh_lib.global_array(self.mesh, (size, length), ones)
+        )
+
+    def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        if self.meter.compile_seconds is None:
+            self._compile(state, batch)
+        return self._compiled(state, batch)
+
+    def _compile(self, state: TrainState, batch: Batch) -> None:
+        """Ahead of the first step, so that compiling and running are timed apart."""
+        begin = time.perf_counter()
+        self._compiled = train_step.lower(state, batch, self.config).compile()
+        self.meter.compiled(time.perf_counter() - begin)
+        self.display.note(f"compiled the step in {self.meter.compile_seconds:.1f} s")
+
+    def _read(self, pending: tuple[int, StepMetrics] | None) -> None:
+        """Waits for a step's metrics; logs and shows them where due."""
+        if pending is None:
+            return
+        step, metrics = pending
+        sums = jax.device_get(metrics.sums)
+        nll = float(sums.nll / sums.weight)
+        first = self.meter.first_step_seconds is None
+        self.meter.stepped()
+        if first:
+            self._describe_start()
+        if not math.isfinite(nll):
+            self._event("crash", step, f"train loss is {nll}")
+            raise FloatingPointError(f"step {step}: the train loss is {nll}")
+        if due(step, self.config.train.log_every) or step == self.config.train.steps:
+            line = self.meter.line(step, metrics)
+            self.record.append(record.METRICS, line)
+            self.display.show(self.meter.view(step, line, self._known()))
+
+    def _describe_start(self) -> None:
+        seconds = {
+            "compile_seconds": self.meter.compile_seconds,
+            "first_step_seconds": self.meter.first_step_seconds,
+        }
+        self.record.update(record.ENVIRONMENT, seconds)
+        self.display.note(f"first step {self.meter.first_step_seconds:.2f} s")
+
+    # Eval and checkpoint
+
+    def evaluate(self, step: int, state: TrainState) -> None:
+        """The held-out loss, recorded and told to the forecast; once a step."""
+        if self.evaluated is not None and self.evaluated[0] == step:
+            return
+        with self.meter.paused():
+            nll = self.held_out_loss(state)
+            self.evaluated = (step, nll)
+            held_out = self.corpus.heldout
+            self.record.evaluated(
+                {
+                    "step": step,
+                    "tokens": step * self.config.tokens_per_step,
+                    "set": held_out.name,
+                    "set_fingerprint": held_out.fingerprint,
+                    "nll": nll,
+                    "bits_per_byte": nll * self.bits_per_nat,
+                }
+            )
+            if self.forecast is not None:
+                self.forecast.after_eval(step, nll)
+
+    def held_out_loss(self, state: TrainState) -> float:
+        """Nats per token over the whole held-out set."""
+        total = None
+        for tokens, weights in self.held_out:
+            batch = Batch(
+                tokens_BL=mesh_lib.global_array(self.mesh, tokens.shape, lambda a, b, t=tokens: t[a:b]),
+                weights_BL=mesh_lib.global_array(
+                    self.mesh, weights.shape, lambda a, b, w=weights: w[a:b]
+                ),
+            )
+            sums = eval_step(state.params, batch, self.config)
+            total = sums if total is None else add(total, sums)
+        assert total is not None
+        host = jax.device_get(total)
+        return float(np.float64(host.nll) / np.float64(host.weight))
+
+    @property
+    def bits_per_nat(self) -> float:
+        """Bits per byte of the held-out set for one nat per token."""
+        held_out = self.corpus.heldout
+        return (len(held_out.tokens) - 1) / held_out.bytes / math.log(2)
+
+    def save(self, step: int, state: TrainState) -> None:
+        with self.meter.paused():
+            meta = {
+                "step": step,
+                "position": self.position,
+                "data": self.corpus.fingerprint,
+                "forecast": self.forecast.state() if self.forecast is not None else [],
+                "seconds": self.meter.seconds,
+                "config": config_lib.as_dict(self.config),
+            }
+            self.checkpoints.save(step, state, meta)
+            self._event("checkpoint", step, "saving began")
+
+    def _known(self) -> dict[str, Any]:
+        """What the view shows beside the metrics, in bits per byte."""
+        unit = self.bits_per_nat
+        latest = self.forecast.latest if self.forecast is not None else None
+        band = latest and tuple(unit * x for x in (latest.loss.median, latest.loss.q05, latest.loss.q95))
+        held_out = self.evaluated and self.evaluated[1] * unit
+        return {"bits_per_byte": held_out, "forecast": band}
+
+    def _event(self, what: str, step: int, why: str) -> None:
+        self.record.event(what, step=step, why=why)
+        if what in ("resume", "fallback", "register"):
+            self.display.note(f"{what}: {why}")

@@ -1,0 +1,55 @@
+"""Starts JAX for a run: emulated CPU devices, processes, and this machine's own speed."""
+
+import os
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmoe import mesh
+from jaxmoe.config import Config
+from jaxmoe.errors import UserError
+
+
+def start(config: Config) -> None:
+    """Must run before anything touches a device.
+
+    With `JAX_COORDINATOR_ADDRESS` set (launch/local.sh does), joins `JAXMOE_NUM_PROCESSES`
+    processes as number `JAXMOE_PROCESS_ID`; on CPU they talk through gloo.
+    """
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    n_processes = int(os.environ.get("JAXMOE_NUM_PROCESSES", "1")) if address else 1
+    jax.config.update("jax_num_cpu_devices", mesh.devices_wanted(config.mesh, n_processes))
+    if n_processes == 1:
+        return
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    process_id = int(os.environ["JAXMOE_PROCESS_ID"])
+    try:
+        jax.distributed.initialize(address, num_processes=n_processes, process_id=process_id)
+    except RuntimeError as error:
+        raise UserError(f"cannot join the processes at {address}: {error}") from error
+
+
+def describe_devices() -> str:
+    """Such as `8 x cpu, 2 processes`."""
+    text = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    return text + (f", {jax.process_count()} processes" if jax.process_count() > 1 else "")
+
+
+def measured_peak(dtype: str) -> float:
+    """FLOP/s of the best large matmul seen, over all devices; the yardstick of MFU.
+
+    Emulated CPU devices share this machine's cores, so there it is one device's figure.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    n, seconds = (1024, 0.3) if on_cpu else (8192, 1.0)
+    square = jax.device_put(np.ones((n, n), np.float32), jax.local_devices()[0]).astype(dtype)
+    product = jax.jit(lambda a: jnp.matmul(a, a))
+    product(square).block_until_ready()
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        begin = time.perf_counter()
+        product(square).block_until_ready()
+        best = min(best, time.perf_counter() - begin)
+    return 2 * n**3 / best * (1 if on_cpu else jax.device_count())

@@ -1,0 +1,133 @@
+"""The run directory: what a run leaves behind, in formats other tools may read.
+
+One JSON object a line, appended and flushed at once. Only process 0 writes. On resume, metrics from
+after the restored step are dropped (they come again, equal). Evals and the forecast register are
+never rewritten, because forecasts were made from them: an eval that comes again and differs (on
+another mesh) is a new line, and the later line of a step counts.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from jaxmoe import config as config_lib
+from jaxmoe.config import Config, MeshConfig, replace
+from jaxmoe.errors import UserError
+
+CONFIG, ENVIRONMENT, SCHEDULE = "config.json", "environment.json", "schedule.json"
+METRICS, EVALS, EVENTS = "metrics.jsonl", "evals.jsonl", "events.jsonl"
+FORECASTS = "forecasts.jsonl"
+CHECKPOINTS = "checkpoints"
+
+
+def recipe(config: Config) -> Config:
+    """What must be equal for a run to go on: all but the mesh and how often state is saved."""
+    default = Config()
+    return replace(config, name="", mesh=MeshConfig(), checkpoint=default.checkpoint)
+
+
+def check_directory(run_dir: Path, config: Config, resume: str) -> None:
+    """Looks, and writes nothing.
+
+    Raises:
+        UserError: the directory holds another config's run, a run that `never` forbids to touch,
+            no run where one `must` be, or something that is no run at all.
+    """
+    file = run_dir / CONFIG
+    if not file.exists():
+        if resume == "must":
+            raise UserError(f"--resume must: {run_dir} holds no run")
+        # Before config.json is there, nothing of ours is: whatever is there is somebody else's.
+        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+            raise UserError(f"{run_dir} holds something that is not a run; give another --run-dir")
+        return
+    if resume == "never":
+        raise UserError(f"--resume never: {run_dir} holds a run already; give another --run-dir")
+    differences = config_lib.diff(recipe(read_config(run_dir)), recipe(config))
+    if differences:
+        raise UserError(
+            f"{run_dir} holds a run of a different config ({'; '.join(differences)});"
+            " give another --run-dir"
+        )
+
+
+def read_config(run_dir: Path) -> Config:
+    """The config a run was started (or last resumed) with."""
+    file = run_dir / CONFIG
+    try:
+        return config_lib.from_json(json.dumps(json.loads(file.read_text())["config"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: not a run's config: {error}") from error
+
+
+class RunRecord:
+    """Writes the files of one run. With `writes=False` (all processes but one) it is silent."""
+
+    def __init__(self, folder: Path, *, writes: bool) -> None:
+        self.folder = folder
+        self._writes = writes
+
+    def begin(self, config: Config) -> None:
+        """Creates the directory, config.json first: its presence means that this is a run."""
+        if self._writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        tree = {"fingerprint": config_lib.fingerprint(config), "config": config_lib.as_dict(config)}
+        self.write(CONFIG, tree)
+
+    def write(self, name: str, tree: Mapping[str, Any]) -> None:
+        """A whole JSON file, replaced at once."""
+        if self._writes:
+            _replace(self.folder / name, json.dumps(tree, indent=2) + "\n")
+
+    def update(self, name: str, tree: Mapping[str, Any]) -> None:
+        """Adds keys to a JSON file."""
+        if self._writes:
+            file = self.folder / name
+            self.write(name, {**(json.loads(file.read_text()) if file.exists() else {}), **tree})
+
+    def append(self, name: str, line: Mapping[str, Any]) -> None:
+        if self._writes:
+            with open(self.folder / name, "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def event(self, what: str, *, step: int, why: str) -> None:
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self.append(EVENTS, {"time": now, "step": step, "what": what, "why": why})
+
+    def read(self, name: str) -> list[dict[str, Any]]:
+        """The lines of a file; a last line torn by a kill is left out."""
+        return read_lines(self.folder / name)
+
+    def evaluated(self, line: Mapping[str, Any]) -> None:
+        """Adds a held-out result, unless the same is there already."""
+        if line not in self.read(EVALS):
+            self.append(EVALS, line)
+
+    def rewind(self, step: int) -> None:
+        """Drops metrics after `step`, and lines torn by a kill."""
+        if not self._writes:
+            return
+        for name, last in ((METRICS, step), (EVALS, None), (EVENTS, None)):
+            kept = [k for k in self.read(name) if last is None or k["step"] <= last]
+            if (self.folder / name).exists():
+                _replace(self.folder / name, "".join(json.dumps(k) + "\n" for k in kept))
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """Objects of a JSON-lines file; [] if it is missing, a torn last line is left out."""
+    if not file.exists():
+        return []
+    whole, _, _ = file.read_text().rpartition("\n")
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def _replace(file: Path, text: str) -> None:
+    temporary = file.with_name(file.name + ".tmp")
+    with open(temporary, "w") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(temporary, file)

@@ -1,0 +1,188 @@
+"""`python -m jaxmoe.train`: trains a model and forecasts its final held-out loss."""
+
+import argparse
+import os
+import platform as python_platform
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+import jaxmoe
+from jaxmoe import config as config_lib
+from jaxmoe import mesh as mesh_lib
+from jaxmoe.config import Config
+from jaxmoe.data.cache import Corpus, prepare
+from jaxmoe.errors import UserError
+from jaxmoe.model.cost import cost
+from jaxmoe.model.lm import lm_specs
+from jaxmoe.optim import relative_path
+from jaxmoe.run import platform, record
+from jaxmoe.run.loop import Outcome, Trainer
+from jaxmoe.run.progress import Display, clock, display
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICKSTART = ROOT / "configs" / "quickstart.py"
+
+EXAMPLES = """examples:
+  python -m jaxmoe.train                                  the quickstart: minutes on two CPU cores
+  python -m jaxmoe.train --set train.steps=300            the same, shorter
+  python -m jaxmoe.train --set mesh.expert=4 --set mesh.model=2 --run-dir runs/sharded
+                                                          on 8 emulated CPU devices
+  python -m jaxmoe.train --set data.path=my_texts --run-dir runs/mine
+                                                          on a folder of your own text files
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        config = config_lib.apply_sets(config_lib.load(str(args.config)), args.set)
+        return run(config, _run_dir(args.run_dir, config), args.resume)
+    except UserError as error:
+        print(f"jaxmoe.train: {error}", file=sys.stderr)
+        return _leave(2)
+    except KeyboardInterrupt:
+        print("jaxmoe.train: interrupted; the same command goes on from here", file=sys.stderr)
+        return _leave(130)
+    except Exception:
+        traceback.print_exc()
+        return _leave(1)
+
+
+def run(config: Config, run_dir: Path, resume: str) -> int:
+    """Builds everything, trains, and leaves the record; nothing is written before it is checked."""
+    began = time.perf_counter()
+    config_lib.check(config)
+    record.check_directory(run_dir, config, resume)
+    platform.start(config)
+    mesh = mesh_lib.build(config.mesh)
+    mesh_lib.shardings(lm_specs(config.model), mesh)
+    mesh_lib.check_batch(mesh, "train.batch_size", config.train.batch_size)
+    mesh_lib.check_batch(mesh, "eval.batch_size", config.eval.batch_size)
+    writes = jax.process_index() == 0
+    corpus = prepare(config.data, config.model.vocab_size, _reporter(writes))
+    view = display(writes=writes)
+    try:
+        with jax.set_mesh(mesh):
+            peak = platform.measured_peak(config.model.dtype)
+            trainer = Trainer(config, mesh, corpus, run_dir, view, peak)
+            state = trainer.prepare()
+            _describe(config, trainer, peak, view)
+            outcome = trainer.run(state)
+    finally:
+        view.close()
+    if writes:
+        _summary(outcome, corpus, run_dir, time.perf_counter() - began)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxmoe.train",
+        description="Trains a mixture-of-experts language model and forecasts its final loss.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--config", default=QUICKSTART, metavar="FILE[:FUNCTION]", help="default: configs/quickstart.py"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change one config value"
+    )
+    parser.add_argument("--run-dir", metavar="DIR", help="default: runs/NAME, by the config's name")
+    parser.add_argument(
+        "--resume",
+        choices=("auto", "never", "must"),
+        default="auto",
+        help="auto (default): go on with the run in the directory if there is one",
+    )
+    return parser
+
+
+def _run_dir(given: str | None, config: Config) -> Path:
+    return Path(given) if given else Path("runs") / config.name
+
+
+def _leave(code: int) -> int:
+    """With several processes, unwinding would hang in JAX's shutdown barrier when a peer is gone."""
+    if os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _reporter(writes: bool):
+    """A progress line for the parts of data preparation that take time."""
+    shown: set[str] = set()
+
+    def report(phase: str, fraction: float) -> None:
+        if writes and phase not in shown and phase != "list":
+            shown.add(phase)
+            print(f"data: {phase} ...", flush=True)
+
+    return report
+
+
+def _describe(config: Config, trainer: Trainer, peak: float, view: Display) -> None:
+    """What this run is, to the record and to the person."""
+    corpus, counted = trainer.corpus, cost(config.model, config.train.seq_len)
+    held_out = corpus.heldout
+    trainer.record.write(
+        record.SCHEDULE,
+        {
+            "lr": relative_path(config.optim, config.train.steps).tolist(),
+            "tokens_per_step": config.tokens_per_step,
+        },
+    )
+    trainer.record.write(
+        record.ENVIRONMENT,
+        {
+            "jaxmoe": jaxmoe.__version__,
+            "jax": jax.__version__,
+            "python": python_platform.python_version(),
+            "devices": platform.describe_devices(),
+            "mesh": dict(trainer.mesh.shape),
+            "peak_flops": peak,
+            "params": counted.params,
+            "params_active": counted.params_active,
+            "flops_per_token": counted.flops_per_token,
+            "data": {
+                "fingerprint": corpus.fingerprint,
+                "train_tokens": len(corpus.train),
+                "heldout": held_out.name,
+                "heldout_bytes": held_out.bytes,
+                "heldout_fingerprint": held_out.fingerprint,
+                "xz_bits_per_byte": held_out.xz_bits_per_byte,
+            },
+        },
+    )
+    axes = " x ".join(f"{a}={n}" for a, n in trainer.mesh.shape.items() if n > 1) or "one device"
+    view.note(
+        f"{config.name}: {counted.params / 1e6:.2f} M parameters, {counted.params_active / 1e6:.2f} M"
+        f" active; {platform.describe_devices()}, mesh {axes}; matmul peak {peak / 1e9:.0f} GFLOP/s"
+    )
+    view.note(
+        f"training text {len(corpus.train) / 1e6:.2f} M tokens; held out {held_out.name},"
+        f" {held_out.bytes / 1e3:.0f} kB (xz -9: {held_out.xz_bits_per_byte:.3f} bits per byte)"
+    )
+
+
+def _summary(outcome: Outcome, corpus: Corpus, run_dir: Path, seconds: float) -> None:
+    from jaxmoe.forecast import register, score
+    from jaxmoe.report.page import write
+
+    xz = corpus.heldout.xz_bits_per_byte
+    print(
+        f"done in {clock(seconds)}: held-out {outcome.bits_per_byte:.4f} bits per byte"
+        f" ({outcome.nll:.4f} nats per token; xz -9 of the same bytes: {xz:.4f})"
+    )
+    print(f"report: {write(run_dir)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,285 @@
+import dataclasses
+import json
+import lzma
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxmoe.config import DataConfig, replace
+from jaxmoe.data.cache import Corpus, load, prepare
+from jaxmoe.errors import UserError
+
+# A process that builds; hold: seconds in its first phase of work; die: the phase it is killed in.
+_CHILD = """
+import json, os, signal, sys, time
+from jaxmoe.config import DataConfig
+from jaxmoe.data import cache
+settings, hold, die = json.loads(sys.argv[1])
+phases = []
+def report(phase, fraction):
+    if phase == "read" and fraction == 0.0:
+        time.sleep(hold)
+    phases.append(phase)
+    if phase == die and fraction == 1.0:
+        os.kill(os.getpid(), signal.SIGKILL)
+if die == "rename":
+    cache.os.rename = lambda a, b: os.kill(os.getpid(), signal.SIGKILL)
+settings["holdout"] = tuple(settings["holdout"])
+print("ready", flush=True)
+sys.stdin.readline()
+corpus = cache.prepare(DataConfig(**settings), 300, report)
+print(json.dumps([corpus.fingerprint, sorted(set(phases))]))
+"""
+
+
+def _child(config: DataConfig, hold: float = 0.0, die: str = "") -> subprocess.Popen[str]:
+    argument = json.dumps([dataclasses.asdict(config), hold, die])
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", _CHILD, argument]
+    child = subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "ready\n"
+    return child
+
+
+def _folders(config: DataConfig) -> list[Path]:
+    return sorted(p for p in Path(str(config.cache)).iterdir() if p.is_dir())
+
+
+def _documents(corpus: Corpus) -> list[str]:
+    ends = np.fromfile(corpus.folder / "train.ends.bin", "<i8")
+    starts = [1, *ends[:-1]]
+    return [
+        corpus.tokenizer.decode(corpus.train[a : b - 1]) for a, b in zip(starts, ends, strict=True)
+    ]
+
+
+def _phases(config: DataConfig, **kwargs: Any) -> tuple[Corpus, list[str]]:
+    phases: list[str] = []
+    corpus = prepare(config, 300, lambda phase, fraction: phases.append(phase), **kwargs)
+    return corpus, phases
+
+
+def test_streams_are_the_documents_between_ends_of_text(config: DataConfig, texts: Path):
+    corpus = prepare(config, 300)
+    eot = corpus.tokenizer.eot
+    held = corpus.manifest["holdout"]["names"]
+    assert len(held) == 1
+    whole = {p.read_text() for p in texts.rglob("*.txt")}
+    heldout = {p.read_text() for p in (texts / held[0]).iterdir()}
+    assert set(_documents(corpus)) == whole - heldout
+    for tokens in (corpus.train, corpus.heldout.tokens):
+        assert tokens[0] == tokens[-1] == eot
+    assert (corpus.train == eot).sum() == corpus.manifest["train"]["documents"] + 1
+    parts = corpus.tokenizer.decode(corpus.heldout.tokens).split("<|eot|>")
+    assert set(parts[1:-1]) == heldout
+
+
+@pytest.mark.parametrize("names", [(), ("p3", "p17")])
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_held_out_packages_are_nowhere_in_training(config: DataConfig, names: Any, kind: Any):
+    corpus = prepare(replace(config, holdout=names, tokenizer=kind), 300)
+    held = corpus.manifest["holdout"]["names"]
+    assert not names or tuple(held) == tuple(sorted(names))
+    train = corpus.tokenizer.decode(corpus.train)
+    heldout = corpus.tokenizer.decode(corpus.heldout.tokens)
+    for package in range(24):
+        marked = heldout if f"p{package}" in held else train
+        other = train if f"p{package}" in held else heldout
+        assert f"mark{package}x " in marked
+        assert f"mark{package}x " not in other
+
+
+def test_merges_are_learnt_from_training_text_alone(config: DataConfig, texts: Path):
+    config = replace(config, tokenizer="bpe", holdout=("p3",))
+    before = prepare(config, 300)
+    (texts / "p3" / "0.txt").write_text("zqzqzq " * 5000)
+    after = prepare(config, 300)
+    assert after.tokenizer.fingerprint == before.tokenizer.fingerprint
+    assert after.heldout.fingerprint != before.heldout.fingerprint
+
+
+def test_held_out_numbers_are_of_exactly_its_bytes(config: DataConfig):
+    corpus = prepare(config, 300)
+    text = corpus.tokenizer.decode(corpus.heldout.tokens).replace("<|eot|>", "").encode()
+    assert corpus.heldout.bytes == len(text)
+    assert corpus.heldout.xz_bits_per_byte == 8 * len(lzma.compress(text, preset=9)) / len(text)
+    other = prepare(replace(config, tokenizer="bpe"), 300)
+    assert other.heldout.fingerprint == corpus.heldout.fingerprint
+    assert other.fingerprint != corpus.fingerprint
+
+
+def test_identical_and_copied_documents_are_dropped(config: DataConfig, texts: Path):
+    held = (texts / "p3" / "0.txt").read_text()
+    (texts / "p5" / "same.txt").write_text(held)
+    (texts / "p6" / "copied.txt").write_text("a word before " + held.replace("\n", "\n  "))
+    (texts / "p7" / "twice.txt").write_text((texts / "p8" / "0.txt").read_text())
+    (texts / "p9" / "latin.txt").write_bytes(b"\xe9" * 300)
+    corpus = prepare(replace(config, holdout=("p3",)), 300)
+    train = corpus.manifest["train"]
+    assert train["dropped"] == {"identical to another": 2, "shares passages with held-out text": 1}
+    assert train["documents"] == 23 * 3
+    assert "mark3x" not in corpus.tokenizer.decode(corpus.train)
+    assert corpus.manifest["skipped"] == {"not UTF-8": 1}
+
+
+def test_counts_add_up(config: DataConfig):
+    corpus = prepare(replace(config, tokenizer="bpe", max_bytes=40_000), 300)
+    for part, tokens in (("train", corpus.train), ("holdout", corpus.heldout.tokens)):
+        summary = corpus.manifest[part]
+        for count in ("documents", "bytes"):
+            assert summary[count] == sum(row[count] for row in summary["packages"].values())
+        assert (
+            summary["tokens"]
+            == len(tokens)
+            == 1 + sum(row["tokens"] for row in summary["packages"].values())
+        )
+    assert corpus.manifest["train"]["bytes"] <= 40_000
+    assert corpus.manifest["train"]["bytes"] == sum(len(d.encode()) for d in _documents(corpus))
+
+
+def test_two_builds_of_the_same_text_are_the_same_bytes(config: DataConfig, tmp_path: Path):
+    config = replace(config, tokenizer="bpe")
+    a = prepare(config, 300)
+    b = prepare(replace(config, cache=str(tmp_path / "other")), 300)
+    assert a.folder.name == b.folder.name
+    for file in a.folder.iterdir():
+        assert file.read_bytes() == (b.folder / file.name).read_bytes()
+
+
+def test_the_cache_is_found_again_until_something_changes(config: DataConfig, texts: Path):
+    first, phases = _phases(config)
+    assert "encode" in phases
+    again, phases = _phases(config)
+    assert "encode" not in phases
+    assert again.fingerprint == first.fingerprint
+    assert prepare(config, 301).folder == first.folder  # bytes do not depend on it
+    changed = [
+        prepare(replace(config, holdout=("p3",)), 300),
+        prepare(replace(config, max_bytes=40_000), 300),
+        prepare(replace(config, holdout_bytes=2_000), 300),
+    ]
+    os.utime(texts / "p3" / "0.txt", ns=(1, 1))
+    changed.append(prepare(config, 300))
+    assert len({c.folder for c in [first, *changed]}) == 5
+
+
+def test_where_the_cache_is(config: DataConfig, tmp_path: Path, monkeypatch: Any):
+    monkeypatch.setenv("JAXMOE_CACHE", str(tmp_path / "from_env"))
+    assert prepare(replace(config, cache=None), 300).folder.parent.name == "from_env"
+    monkeypatch.delenv("JAXMOE_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    folder = prepare(replace(config, cache=None), 300).folder
+    assert folder.parent == tmp_path / "home" / ".cache" / "jaxmoe"
+
+
+def test_a_damaged_data_set_is_refused_by_load_and_built_again_by_prepare(config: DataConfig):
+    corpus = prepare(config, 300)
+    good = {p.name: p.read_bytes() for p in corpus.folder.iterdir()}
+    damage = {name: data[:-2] for name, data in good.items()}
+    damage["holdout.bin"] = b""
+    for name, data in damage.items():
+        (corpus.folder / name).write_bytes(data)
+        with pytest.raises(UserError, match=f"(?s){corpus.folder}.*{name}.*delete"):
+            load(corpus.folder)
+        again, phases = _phases(config)
+        assert any(p.startswith("building again") and name in p for p in phases)
+        assert {p.name: p.read_bytes() for p in again.folder.iterdir()} == good
+    (corpus.folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="tokenizer.json has None bytes"):
+        load(corpus.folder)
+
+
+def test_verify_sees_a_flipped_bit(config: DataConfig):
+    corpus = prepare(config, 300)
+    data = bytearray((corpus.folder / "train.bin").read_bytes())
+    data[100] ^= 1
+    (corpus.folder / "train.bin").write_bytes(data)
+    load(corpus.folder)
+    with pytest.raises(UserError, match="train.bin has changed"):
+        load(corpus.folder, verify=True)
+    again, phases = _phases(config, verify=True)
+    assert again.fingerprint == corpus.fingerprint
+    assert any(p.startswith("building again") for p in phases)
+
+
+def test_another_format_is_not_read(config: DataConfig):
+    corpus = prepare(config, 300)
+    manifest = corpus.folder / "manifest.json"
+    manifest.write_text(json.dumps({**corpus.manifest, "format": 99}))
+    with pytest.raises(UserError, match="format 99"):
+        load(corpus.folder)
+
+
+def test_two_processes_build_it_once(config: DataConfig):
+    children = [_child(config, hold=1.0), _child(config, hold=1.0)]
+    outputs = [json.loads(out) for out in _finish(children)]
+    assert outputs[0][0] == outputs[1][0]
+    assert sorted("encode" in phases for _, phases in outputs) == [False, True]
+    waited = [any("waiting" in p for p in phases) for _, phases in outputs]
+    assert sorted(waited) == [False, True]
+    (folder,) = _folders(config)
+    assert load(folder, verify=True).fingerprint == outputs[0][0]
+
+
+def _finish(children: list[subprocess.Popen[str]]) -> list[str]:
+    for child in children:
+        assert child.stdin is not None
+        child.stdin.write("go\n")
+        child.stdin.flush()
+    outputs = [child.communicate(timeout=30)[0] for child in children]
+    assert [c.returncode for c in children] == [0] * len(children)
+    return outputs
+
+
+@pytest.mark.parametrize("phase", ["tokenizer", "encode", "rename"])
+def test_a_killed_build_leaves_nothing_that_is_accepted(config: DataConfig, phase: str):
+    child = _child(config, die=phase)
+    child.communicate("go\n", timeout=30)
+    assert child.returncode == -signal.SIGKILL
+    (left,) = _folders(config)
+    assert ".tmp-" in left.name
+    corpus, phases = _phases(config)
+    assert "encode" in phases
+    assert _folders(config) == [corpus.folder]
+    assert load(corpus.folder, verify=True).fingerprint == corpus.fingerprint
+
+
+def test_a_failed_build_leaves_nothing(config: DataConfig):
+    with pytest.raises(UserError, match="data.holdout_bytes=10.*set it to"):
+        prepare(replace(config, holdout_bytes=10), 300)
+    with pytest.raises(UserError, match="data.max_bytes=10: nothing"):
+        prepare(replace(config, max_bytes=10), 300)
+    assert _folders(config) == []
+
+
+def test_an_unwritable_cache_is_a_users_error(config: DataConfig, monkeypatch: Any):
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(UserError, match="JAXMOE_CACHE"):
+        prepare(config, 300)
+
+
+def test_what_is_installed_here(tmp_path: Path):
+    config = DataConfig(
+        holdout=("email", "json"),
+        tokenizer="bytes",
+        max_bytes=300_000,
+        holdout_bytes=60_000,
+        cache=str(tmp_path),
+    )
+    corpus = prepare(config, 300)
+    assert set(corpus.manifest["holdout"]["packages"]) <= {"email", "json"}
+    assert not {"email", "json"} & set(corpus.manifest["train"]["packages"])
+    assert 0.9 * 300_000 < corpus.manifest["train"]["bytes"] <= 300_000
+    assert 0.9 * 60_000 < corpus.heldout.bytes <= 60_000
+    assert 1.0 < corpus.heldout.xz_bits_per_byte < 3.5
+    assert str(Path.home()) not in (corpus.folder / "manifest.json").read_text()

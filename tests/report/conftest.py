@@ -1,0 +1,197 @@
+"""A run directory that no trainer made, and a headless browser to look at its page."""
+
+import json
+import math
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+
+FLAGS = (
+    "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
+    "disable-component-update disable-sync"
+)
+
+STEPS, EVERY = 2000, 10
+LAYERS, EXPERTS = 4, 8
+CUTOFFS = range(200, STEPS, 200)
+TOKENS = 8 * 256  # of a step
+SPIKE = 730
+
+
+@pytest.fixture(scope="session")
+def make_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """make_run(name=..., upto=...) writes a run directory at step `upto` of 2000."""
+
+    def make(**options: Any) -> Path:
+        return write_run(tmp_path_factory.mktemp("runs") / "run", **options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        missing = "no chromium and chromedriver: apt-get install chromium chromium-driver"
+        if os.environ.get("CI") == "true":
+            pytest.fail(missing)
+        pytest.skip(missing)
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in FLAGS.split():
+        options.add_argument(f"--{flag}")
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    with webdriver.Chrome(options=options, service=Service(driver)) as chrome:
+        yield chrome
+
+
+def loss_at(step: float) -> float:
+    decay = max(0.0, (step - 0.8 * STEPS) / (0.2 * STEPS))
+    return 2.9 + 5.4 * (1 + step / 12) ** -0.62 - 0.09 * decay
+
+
+def write_run(run: Path, *, name: str = "ladder-3 base", upto: int = STEPS) -> Path:
+    """A run directory at step `upto`: finished when that is the last step."""
+    run.mkdir(parents=True)
+    done = upto == STEPS
+    record = {"fingerprint": "8f14e45fceea", "config": config(name)}
+    (run / "config.json").write_text(json.dumps(record))
+    (run / "environment.json").write_text(json.dumps(environment()))
+    write_lines(run / "metrics.jsonl", metrics(upto))
+    write_lines(run / "evals.jsonl", evals(upto))
+    write_lines(run / "events.jsonl", events(upto))
+    write_lines(run / "forecasts.jsonl", [*forecasts(upto), *([outcome()] if done else [])])
+    return run
+
+
+def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def config(name: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "seed": 0,
+        "model": {"vocab_size": 4096, "d_model": 128, "n_layers": LAYERS, "n_experts": EXPERTS},
+        "data": {"path": None, "tokenizer": "bpe", "max_bytes": 32_000_000, "holdout": []},
+        "optim": {"name": "adamw", "lr": 3e-3, "clip": 1.0, "warmup_steps": 50},
+        "train": {"steps": STEPS, "batch_size": 8, "seq_len": 256, "log_every": EVERY},
+        "mesh": {"replica": 1, "stage": 1, "data": -1, "expert": 2, "model": 1},
+    }
+
+
+def environment() -> dict[str, Any]:
+    return {
+        "jax": "0.10.2",
+        "python": "3.11.7",
+        "devices": "8 x cpu",
+        "peak_flops": 1.9e11,
+        "params": 3_412_096,
+        "params_active": 1_839_232,
+        "flops_per_token": 1.23e7,
+        "compile_seconds": 12.4,
+        "first_step_seconds": 13.1,
+        "data": {"xz_bits_per_byte": 1.871, "documents": 5121, "fingerprint": "a" * 64},
+        "mesh": {"replica": 1, "data": 4, "expert": 2},
+    }
+
+
+def metrics(upto: int) -> Iterable[dict[str, Any]]:
+    rng = random.Random(0)
+    for step in range(EVERY, upto + 1, EVERY):
+        load = [loads(rng, step, layer) for layer in range(LAYERS)]
+        flat = [value for layer in load for value in layer]
+        nll = loss_at(step) + rng.gauss(0, 0.06) + (1.2 if step == SPIKE else 0)
+        rate = 3e-3 * min(1.0, step / 50, max(0.0, (STEPS - step) / (0.2 * STEPS)))
+        pace = 0.052 * rng.lognormvariate(0, 0.04)
+        yield {
+            "step": step,
+            "tokens": step * TOKENS,
+            "flops": step * TOKENS * 1.23e7,
+            "seconds": 13 + 0.052 * step,
+            "train/nll": nll,
+            "train/loss": nll + 0.02,
+            "train/grad_norm": 0.4 * rng.lognormvariate(0, 0.3) + 6 / step + 5 * (step == SPIKE),
+            "train/lr": rate,
+            "moe/load": load,
+            "moe/load_max": max(flat),
+            "moe/load_min": min(flat),
+            "moe/load_balance": 1.03,
+            "moe/router_z": 0.41,
+            "moe/drop_rate": 0.0,
+            "perf/tokens_per_second": TOKENS / pace,
+            "perf/mfu": TOKENS / pace * 1.23e7 / 1.9e11 / 8,
+            "perf/step_seconds": pace,
+        }
+
+
+def loads(rng: random.Random, step: int, layer: int) -> list[float]:
+    """Uneven at first, settling; deeper layers stay a little less even."""
+    spread = 0.08 + 0.03 * layer + 0.5 * math.exp(-step / 250)
+    tilts = [spread * math.sin(2.3 * expert + layer) for expert in range(EXPERTS)]
+    raw = [math.exp(tilt + rng.gauss(0, 0.04)) for tilt in tilts]
+    return [EXPERTS * value / sum(raw) for value in raw]
+
+
+def evals(upto: int) -> Iterable[dict[str, Any]]:
+    for step in range(0, upto + 1, 50):
+        nll = loss_at(step) + 0.03
+        common = {"step": step, "tokens": step * TOKENS, "set_fingerprint": "c4ca4238a0b9"}
+        yield {**common, "set": "holdout", "nll": nll, "bits_per_byte": nll / math.log(2) / 3.1}
+
+
+def events(upto: int) -> Iterable[dict[str, Any]]:
+    start = 1_790_000_000.0
+    why = "8 x cpu, config 8f14e45fceea"
+    yield {"time": start, "step": 0, "what": "start", "why": why}
+    for step in range(200, upto + 1, 200):
+        yield {"time": start + step, "step": step, "what": "checkpoint", "why": f"step {step}"}
+        if step == 800:
+            why = "training loss 1.2 above the 99.5 % band of the forecast at step 600"
+            yield {"time": start + step, "step": SPIKE, "what": "alarm", "why": why}
+            yield {"time": start + step + 90, "step": 800, "what": "resume", "why": "SIGTERM"}
+    if upto == STEPS:
+        yield {"time": start + upto, "step": upto, "what": "done", "why": "all steps trained"}
+
+
+def forecasts(upto: int) -> Iterable[dict[str, Any]]:
+    rng = random.Random(3)
+    for index, cutoff in enumerate(range(200, upto, 200)):
+        scale = 0.11 * (1 - cutoff / STEPS) ** 0.8
+        bias = rng.gauss(0, 0.8) * scale
+        yield {
+            "kind": "forecast",
+            "index": index,
+            "previous": "0" * 64,
+            "time": 1_790_000_000.0 + cutoff,
+            "cutoff_step": cutoff,
+            "cutoff_tokens": cutoff * TOKENS,
+            "target_step": STEPS,
+            "target_tokens": STEPS * TOKENS,
+            "law": "power law with decay term",
+            "loss": around(loss_at(STEPS) + 0.03 + bias, scale),
+            "path": [fan(cutoff, share, bias, scale) for share in (0, 0.15, 0.4, 0.7, 0.8, 0.9, 1)],
+        }
+
+
+def fan(cutoff: int, share: float, bias: float, scale: float) -> dict[str, float]:
+    step = cutoff + share * (STEPS - cutoff)
+    grown = math.sqrt(share)
+    return {"step": round(step), **around(loss_at(step) + 0.03 + bias * grown, scale * grown)}
+
+
+def around(median: float, scale: float) -> dict[str, float]:
+    levels = {"q05": -1.645, "q25": -0.674, "q75": 0.674, "q95": 1.645}
+    return {"median": median, **{name: median + z * scale for name, z in levels.items()}}
+
+
+def outcome() -> dict[str, Any]:
+    return {"kind": "outcome", "target_step": STEPS, "loss": loss_at(STEPS) + 0.03}
