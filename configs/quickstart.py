@@ -1,4 +1,4 @@
-"""The default run: a few million parameters, real text from this machine, minutes on two CPU cores."""
+"""The default run: a few million parameters, this machine's own text, minutes on two CPU cores."""
 
 from jaxmoe.config import Config, DataConfig, EvalConfig, ForecastConfig, ModelConfig, replace
 
@@ -29,9 +29,7 @@ def tiny() -> Config:
             top_k=3,
             loss_chunk=16,
         ),
-        data=replace(
-            base.data, max_bytes=2_000_000, tokenizer_bytes=500_000, holdout_bytes=40_000
-        ),
+        data=replace(base.data, max_bytes=2_000_000, tokenizer_bytes=500_000, holdout_bytes=40_000),
         optim=replace(base.optim, warmup_steps=10),
         train=replace(base.train, steps=60, batch_size=8, seq_len=32, log_every=1),
         eval=EvalConfig(every=5, batch_size=32),

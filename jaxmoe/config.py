@@ -101,7 +101,7 @@ class EvalConfig(_Strict):
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig(_Strict):
-    """Sizes of the mesh axes. All axes always exist; 1 is unused, and data=-1 takes what is left."""
+    """Sizes of the mesh axes, which always exist; 1 is unused, data=-1 takes what is left."""
 
     replica: Positive = 1  # data parallel across slow links
     stage: Positive = 1  # pipeline
@@ -162,7 +162,9 @@ def load(spec: str) -> Config:
         raise UserError(f"--config {file}: it has no function {function!r}{near}")
     config = build()
     if not isinstance(config, Config):
-        raise UserError(f"--config {spec}: {function}() returned {type(config).__name__}, not Config")
+        raise UserError(
+            f"--config {spec}: {function}() returned {type(config).__name__}, not Config"
+        )
     return config
 
 
@@ -178,13 +180,15 @@ def apply_sets(config: Config, sets: Sequence[str]) -> Config:
             node = _child(node, part, key)
         _child(node, path[-1], key)
         if isinstance(node[path[-1]], dict):
-            raise UserError(f"--set {item}: {key} is a group; set one of {', '.join(node[path[-1]])}")
+            raise UserError(
+                f"--set {item}: {key} is a group; set one of {', '.join(node[path[-1]])}"
+            )
         node[path[-1]] = _literal(text.strip())
     return from_json(json.dumps(tree))
 
 
 def from_json(text: str) -> Config:
-    """Validates JSON text against the tree; an unknown key is an error that names the nearest one."""
+    """Validates JSON text against the tree; the error for an unknown key names the nearest."""
     try:
         return TypeAdapter(Config).validate_json(text)
     except ValidationError as error:
@@ -211,7 +215,9 @@ def diff(a: Config, b: Config) -> list[str]:
 def check(config: Config) -> None:
     """Rules that span fields. Device counts are checked where devices are known (mesh.py)."""
     m, mesh = config.model, config.mesh
-    _require(m.top_k <= m.n_experts, f"model.top_k={m.top_k} is more than model.n_experts={m.n_experts}")
+    _require(
+        m.top_k <= m.n_experts, f"model.top_k={m.top_k} is more than model.n_experts={m.n_experts}"
+    )
     _divides("model.n_kv_heads", m.n_kv_heads, "model.n_heads", m.n_heads)
     _require(m.d_head % 2 == 0, f"model.d_head={m.d_head} must be even: RoPE turns pairs")
     _divides("model.loss_chunk", m.loss_chunk, "train.seq_len", config.train.seq_len)
@@ -220,7 +226,9 @@ def check(config: Config) -> None:
         _divides("mesh.model", mesh.model, f"model.{dim}", getattr(m, dim))
     for axis in ("stage", "context"):
         size = getattr(mesh, axis)
-        _require(size == 1, f"mesh.{axis}={size}: this axis is laid out but not built yet; set it to 1")
+        _require(
+            size == 1, f"mesh.{axis}={size}: this axis is laid out but not built yet; set it to 1"
+        )
     _require(mesh.data != 0, "mesh.data=0: give a size, or -1 for all devices that are left")
     _divides("eval.every", config.eval.every, "forecast.every", config.forecast.every)
     _divides("eval.every", config.eval.every, "forecast.first", config.forecast.first)

@@ -83,17 +83,13 @@ def build(config: MeshConfig) -> Mesh:
     """The mesh over all devices of all processes."""
     # jax.make_mesh silently takes a subset of the devices, so the product is checked first.
     shape = sizes(config, jax.device_count())
-    return jax.make_mesh(
-        tuple(shape.values()), AXES, axis_types=(AxisType.Explicit,) * len(AXES)
-    )
+    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
 def abstract(config: MeshConfig, n_devices: int) -> AbstractMesh:
     """A mesh without devices: type-checks a step of any size on any machine."""
     shape = sizes(config, n_devices)
-    return AbstractMesh(
-        tuple(shape.values()), AXES, axis_types=(AxisType.Explicit,) * len(AXES)
-    )
+    return AbstractMesh(tuple(shape.values()), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
 def partition(spec: Spec, rules: Rules) -> P:
@@ -147,7 +143,7 @@ def global_array(mesh: Mesh, shape: tuple[int, ...], rows: Any) -> jax.Array:
     """A batch sharded over its first dim; `rows(start, stop) -> np.ndarray` is asked only for the
     rows that this process's devices hold."""
 
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
+    def shard(index: Any) -> np.ndarray:
         start, stop, _ = index[0].indices(shape[0])
         return rows(start, stop)
 
@@ -155,7 +151,10 @@ def global_array(mesh: Mesh, shape: tuple[int, ...], rows: Any) -> jax.Array:
 
 
 def concrete(abstract_tree: Any, mesh: Mesh) -> Any:
-    """`jax.eval_shape` gives shardings on an AbstractMesh, which orbax refuses: put them on `mesh`."""
+    """Puts a tree of abstract arrays on `mesh`.
+
+    `jax.eval_shape` gives shardings on an AbstractMesh, which orbax refuses.
+    """
 
     def one(x: Any) -> jax.ShapeDtypeStruct:
         spec = x.sharding.spec if x.sharding is not None else P()

@@ -25,8 +25,8 @@ def schedule(cfg: OptimConfig, steps: int) -> Schedule:
     """Learning rate of the update with index 0 .. steps - 1.
 
     wsd: linear warm-up, constant, linear decay over the last `decay_fraction` of all steps (Hu et
-    al., arXiv:2404.06395; linear as in Haegele et al., arXiv:2405.18392). The warm-up's first update
-    already moves, and `final_lr` is reached one update after the last.
+    al., arXiv:2404.06395; linear as in Haegele et al., arXiv:2405.18392). The warm-up's first
+    update already moves, and `final_lr` is reached one update after the last.
     """
     after = max(1, steps - cfg.warmup_steps)
     if cfg.schedule == "wsd":
@@ -107,4 +107,3 @@ def _newton_schulz(x: Array, rounds: int = 5) -> Array:
         gram = x @ jnp.swapaxes(x, -1, -2)
         x = a * x + (b * gram + c * (gram @ gram)) @ x
     return jnp.swapaxes(x, -1, -2) if tall else x
-

@@ -6,7 +6,7 @@ import platform as python_platform
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -88,7 +88,10 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--config", default=QUICKSTART, metavar="FILE[:FUNCTION]", help="default: configs/quickstart.py"
+        "--config",
+        default=QUICKSTART,
+        metavar="FILE[:FUNCTION]",
+        help="default: configs/quickstart.py",
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change one config value"
@@ -108,7 +111,7 @@ def _run_dir(given: str | None, config: Config) -> Path:
 
 
 def _leave(code: int) -> int:
-    """With several processes, unwinding would hang in JAX's shutdown barrier when a peer is gone."""
+    """Ends a process of several at once: JAX's shutdown barrier hangs when a peer is gone."""
     if os.environ.get("JAX_COORDINATOR_ADDRESS"):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -116,7 +119,7 @@ def _leave(code: int) -> int:
     return code
 
 
-def _reporter(writes: bool):
+def _reporter(writes: bool) -> Callable[[str, float], None]:
     """A progress line for the parts of data preparation that take time."""
     shown: set[str] = set()
 
@@ -162,9 +165,10 @@ def _describe(config: Config, trainer: Trainer, peak: float, view: Display) -> N
         },
     )
     axes = " x ".join(f"{a}={n}" for a, n in trainer.mesh.shape.items() if n > 1) or "one device"
+    sizes = f"{counted.params / 1e6:.2f} M parameters, {counted.params_active / 1e6:.2f} M active"
     view.note(
-        f"{config.name}: {counted.params / 1e6:.2f} M parameters, {counted.params_active / 1e6:.2f} M"
-        f" active; {platform.describe_devices()}, mesh {axes}; matmul peak {peak / 1e9:.0f} GFLOP/s"
+        f"{config.name}: {sizes}; {platform.describe_devices()}, mesh {axes};"
+        f" matmul peak {peak / 1e9:.0f} GFLOP/s"
     )
     view.note(
         f"training text {len(corpus.train) / 1e6:.2f} M tokens; held out {held_out.name},"
@@ -173,7 +177,6 @@ def _describe(config: Config, trainer: Trainer, peak: float, view: Display) -> N
 
 
 def _summary(outcome: Outcome, corpus: Corpus, run_dir: Path, seconds: float) -> None:
-    from jaxmoe.forecast import register, score
     from jaxmoe.report.page import write
 
     xz = corpus.heldout.xz_bits_per_byte

@@ -5,7 +5,6 @@ is taken while the logits are at hand, in the forward pass: the backward pass on
 nothing is computed twice.
 """
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -45,8 +44,7 @@ def cross_entropy(
     return LossSums(total=total, nll=nll, z=z, weight=weights_BL.sum())
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _sums(
+def _plain_sums(
     x_BLD: Array, head_DV: Array, targets_BL: Array, weights_BL: Array, chunk: int, z_coef: float
 ) -> tuple[Array, tuple[Array, Array]]:
     def step(carry: Any, inputs: Any) -> tuple[Any, None]:
@@ -73,9 +71,14 @@ def _forward(
         hit_BlV = _is_target(targets_Bl, logits_BlV)
         dlogits_BlV = (scaled_BlV - hit_BlV) * weights_Bl[..., None]
         dlogits_BlV = dlogits_BlV.astype(x_BlD.dtype)
-        dx_BlD = jnp.einsum("BlV,DV->BlD", dlogits_BlV, head_DV, out_sharding=jax.typeof(x_BlD).sharding)
+        dx_BlD = jnp.einsum(
+            "BlV,DV->BlD", dlogits_BlV, head_DV, out_sharding=jax.typeof(x_BlD).sharding
+        )
         dhead_DV += jnp.einsum(
-            "BlD,BlV->DV", x_BlD, dlogits_BlV, preferred_element_type=jnp.float32,
+            "BlD,BlV->DV",
+            x_BlD,
+            dlogits_BlV,
+            preferred_element_type=jnp.float32,
             out_sharding=jax.typeof(head_DV).sharding,
         )
         return (nll_sum + nll, z_sum + z, dhead_DV), dx_BlD
@@ -91,9 +94,15 @@ def _forward(
 def _backward(chunk: int, z_coef: float, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
     dx_BLD, dhead_DV = residuals
     scale = cotangents[0]  # of `total`; nll and z are for reading and carry no gradient
-    return (dx_BLD * scale.astype(dx_BLD.dtype), dhead_DV * scale.astype(dhead_DV.dtype), None, None)
+    return (
+        dx_BLD * scale.astype(dx_BLD.dtype),
+        dhead_DV * scale.astype(dhead_DV.dtype),
+        None,
+        None,
+    )
 
 
+_sums: Any = jax.custom_vjp(_plain_sums, nondiff_argnums=(4, 5))
 _sums.defvjp(_forward, _backward)
 
 

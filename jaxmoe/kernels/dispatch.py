@@ -42,7 +42,8 @@ def make_plan(ids_tA: Array, n_experts: int, capacity: int) -> Plan:
     choice_EC = order_n.at[place_EC].get(mode="fill", fill_value=0)
     token_EC = jnp.where(filled_EC, choice_EC // a, t)
     return Plan(
-        slot_tA=slot_n.reshape(t, a).astype(jnp.int32), token_S=token_EC.reshape(-1).astype(jnp.int32)
+        slot_tA=slot_n.reshape(t, a).astype(jnp.int32),
+        token_S=token_EC.reshape(-1).astype(jnp.int32),
     )
 
 

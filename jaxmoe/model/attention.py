@@ -65,6 +65,4 @@ def attention(params: Attention, x_BLD: Array, cfg: ModelConfig) -> Array:
             q_BLNH, k_BLKH, v_BLKH
         )
     with jax.named_scope("out"):
-        return jnp.einsum(
-            "BLNH,NHD->BLD", o_BLNH, params.wo_NHD, out_sharding=P(BATCH, None, None)
-        )
+        return jnp.einsum("BLNH,NHD->BLD", o_BLNH, params.wo_NHD, out_sharding=P(BATCH, None, None))

@@ -1,5 +1,6 @@
 """The language model: embedding, a scan over equal layers, final norm, and the loss."""
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -72,7 +73,8 @@ def lm_loss(
     auxiliary = (
         cfg.load_balance_coef * stats.load_balance.sum() + cfg.router_z_coef * stats.router_z.sum()
     )
-    return sums.replace(total=sums.total + auxiliary * sums.weight), stats
+    total = sums.total + auxiliary * sums.weight
+    return dataclasses.replace(sums, total=total), stats
 
 
 def hidden(params: Lm, tokens_BL: Array, cfg: ModelConfig) -> tuple[Array, RouterStats]:

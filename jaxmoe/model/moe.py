@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.kernels import dispatch
-from jaxmoe.mesh import AXES, BATCH
+from jaxmoe.mesh import BATCH
 from jaxmoe.spec import Spec
 
 Array = jax.Array
@@ -66,7 +66,9 @@ def moe(params: Moe, x_BLD: Array, cfg: ModelConfig) -> tuple[Array, RouterStats
     with jax.named_scope("router"):
         weights_BLA, ids_BLA, stats = route(params.router_DE, x_BLD, cfg)
     with jax.named_scope("experts"):
-        y_BLD = _experts(cfg, x_BLD, weights_BLA, ids_BLA, (params.wgate_EDF, params.wup_EDF, params.wdown_EFD))
+        y_BLD = _experts(
+            cfg, x_BLD, weights_BLA, ids_BLA, (params.wgate_EDF, params.wup_EDF, params.wdown_EFD)
+        )
     return y_BLD, stats
 
 
@@ -99,37 +101,41 @@ _IN = P("expert", None, "model")
 _WEIGHTS = (_IN, _IN, P("expert", "model", None))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _experts(
+def _apply_experts(
     cfg: ModelConfig, x_BLD: Array, weights_BLA: Array, ids_BLA: Array, w: Weights
 ) -> Array:
     """sum_a weight_a * expert_a(x) for every token."""
-    body = partial(_switch, cfg, _forward_at)
-    return jax.shard_map(body, in_specs=(_ROWS, _ROWS, _ROWS, _WEIGHTS, ()), out_specs=_ROWS)(
-        x_BLD, weights_BLA, ids_BLA, w, ()
+    mapped: Any = jax.shard_map(
+        partial(_switch, cfg, _forward_at),
+        in_specs=(_ROWS, _ROWS, _ROWS, _WEIGHTS, ()),
+        out_specs=_ROWS,
     )
+    return mapped(x_BLD, weights_BLA, ids_BLA, w, ())
 
 
 def _experts_fwd(
     cfg: ModelConfig, x_BLD: Array, weights_BLA: Array, ids_BLA: Array, w: Weights
 ) -> tuple[Array, Any]:
-    return _experts(cfg, x_BLD, weights_BLA, ids_BLA, w), (x_BLD, weights_BLA, ids_BLA, w)
+    return _apply_experts(cfg, x_BLD, weights_BLA, ids_BLA, w), (x_BLD, weights_BLA, ids_BLA, w)
 
 
 def _experts_bwd(cfg: ModelConfig, residuals: Any, dy_BLD: Array) -> tuple[Any, ...]:
-    body = partial(_switch, cfg, _backward_at)
-    dx_BLD, dweights_BLA, dw = jax.shard_map(
-        body,
+    mapped: Any = jax.shard_map(
+        partial(_switch, cfg, _backward_at),
         in_specs=(_ROWS, _ROWS, _ROWS, _WEIGHTS, _ROWS),
         out_specs=(_ROWS, _ROWS, _WEIGHTS),
-    )(*residuals, dy_BLD)
+    )
+    dx_BLD, dweights_BLA, dw = mapped(*residuals, dy_BLD)
     return dx_BLD, dweights_BLA, None, dw
 
 
+_experts: Any = jax.custom_vjp(_apply_experts, nondiff_argnums=(0,))
 _experts.defvjp(_experts_fwd, _experts_bwd)
 
 
-def _switch(cfg: ModelConfig, run: Any, x_blD: Array, weights: Array, ids: Array, w: Weights, ct: Any) -> Any:
+def _switch(
+    cfg: ModelConfig, run: Any, x_blD: Array, weights: Array, ids: Array, w: Weights, ct: Any
+) -> Any:
     """Runs the branch whose capacity suffices for the largest load of any shard."""
     x_tD = x_blD.reshape(-1, x_blD.shape[-1])
     weights_tA, ids_tA = weights.reshape(-1, cfg.top_k), ids.reshape(-1, cfg.top_k)
@@ -150,14 +156,26 @@ def capacities(tokens: int, cfg: ModelConfig) -> list[int]:
 
 
 def _forward_at(
-    cfg: ModelConfig, capacity: int, x_blD: Array, weights_tA: Array, ids_tA: Array, w: Weights, _: Any
+    cfg: ModelConfig,
+    capacity: int,
+    x_blD: Array,
+    weights_tA: Array,
+    ids_tA: Array,
+    w: Weights,
+    _: Any,
 ) -> Array:
     plan = dispatch.make_plan(ids_tA, cfg.n_experts, capacity)
     return _run(capacity, x_blD, weights_tA, w, plan)
 
 
 def _backward_at(
-    cfg: ModelConfig, capacity: int, x_blD: Array, weights_tA: Array, ids_tA: Array, w: Weights, dy_blD: Array
+    cfg: ModelConfig,
+    capacity: int,
+    x_blD: Array,
+    weights_tA: Array,
+    ids_tA: Array,
+    w: Weights,
+    dy_blD: Array,
 ) -> Any:
     plan = dispatch.make_plan(ids_tA, cfg.n_experts, capacity)
     _, pull = jax.vjp(lambda *args: _run(capacity, *args, plan), x_blD, weights_tA, w)
@@ -168,8 +186,8 @@ def _backward_at(
 def _run(capacity: int, x_blD: Array, weights_tA: Array, w: Weights, plan: dispatch.Plan) -> Array:
     """One shard's tokens through all experts, its own and those of its `expert` peers."""
     gate_eDf, up_eDf, down_efD = w
-    # The same on all `model` shards, each of which gives a part of the gradient: the cast's transpose
-    # adds them up.
+    # The same on all `model` shards, each of which gives a part of the gradient: the transpose of
+    # the cast adds them up.
     x_blD, weights_tA = jax.lax.pcast((x_blD, weights_tA), "model", to="varying")
     x_tD = x_blD.reshape(-1, x_blD.shape[-1])
     x_SD = dispatch.to_slots(x_tD, plan)
@@ -180,13 +198,13 @@ def _run(capacity: int, x_blD: Array, weights_tA: Array, w: Weights, plan: dispa
     y_erD = jnp.einsum("erf,efD->erD", hidden_erf, down_efD)
     y_SD = _from_experts(y_erD, capacity)
     y_tD = dispatch.from_slots(y_SD, weights_tA, plan)
-    # Each `model` shard has summed over its part of F only. Added after the combine: a token's row
-    # moves once instead of once a choice.
+    # Each `model` shard has summed over its part of F only. Added after the combine, so that a
+    # token's row moves once instead of once a choice.
     return jax.lax.psum(y_tD, "model").reshape(x_blD.shape)
 
 
 def _to_experts(x_SD: Array, e: int, capacity: int) -> Array:
-    """[E * C, D] of this shard -> [e, shards * C, D]: all shards' rows for this device's experts."""
+    """[E * C, D] of this shard -> [e, shards * C, D]: all peers' rows for this device's experts."""
     x_geCD = x_SD.reshape(-1, e, capacity, x_SD.shape[-1])
     x_geCD = jax.lax.all_to_all(x_geCD, "expert", split_axis=0, concat_axis=0)
     return jnp.moveaxis(x_geCD, 0, 1).reshape(e, -1, x_SD.shape[-1])

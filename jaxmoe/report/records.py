@@ -175,7 +175,7 @@ def _register(path: Path) -> tuple[list[Forecast], float | None]:
         if row.get("kind") == "forecast":
             forecasts.append(_forecast(row, where, len(forecasts)))
         elif row.get("kind") == "outcome":
-            outcome = _need(row, "loss", where)
+            outcome = _need(group(row, "loss"), "realised", where)
     return forecasts, outcome
 
 

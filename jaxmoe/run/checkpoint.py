@@ -37,9 +37,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=self._config.keep, cleanup_tmp_directories=True
         )
-        return ocp.CheckpointManager(
-            self._folder, options=options, item_names=("state", "meta")
-        )
+        return ocp.CheckpointManager(self._folder, options=options, item_names=("state", "meta"))
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
@@ -62,7 +60,7 @@ class Checkpoints:
         for step in reversed(self.steps()):
             try:
                 state, meta = self._restore(step, abstract)
-            except Exception as error:  # noqa: BLE001: whatever the storage layers raise
+            except Exception as error:  # whatever the storage layers raise
                 reason = " ".join(str(error).split())[:300]
                 broken.append((step, f"{type(error).__name__}: {reason}"))
                 self._set_aside(step)
@@ -97,4 +95,3 @@ class Checkpoints:
         """Waits until everything is on disk."""
         self._manager.wait_until_finished()
         self._manager.close()
-

@@ -51,7 +51,13 @@ class Trainer:
     """A run on a mesh: everything the loop needs, built once. All processes build the same."""
 
     def __init__(
-        self, config: Config, mesh: Mesh, corpus: Corpus, run_dir: Path, display: Display, peak: float
+        self,
+        config: Config,
+        mesh: Mesh,
+        corpus: Corpus,
+        run_dir: Path,
+        display: Display,
+        peak: float,
     ) -> None:
         self.config, self.mesh, self.corpus, self.display = config, mesh, corpus, display
         self.record = RunRecord(run_dir, writes=jax.process_index() == 0)
@@ -71,9 +77,7 @@ class Trainer:
         self.record.begin(self.config)
         if jax.process_index() == 0:
             note = partial(self._event, "register")
-            self.forecast = ForecastHook(
-                self.config, self.record.folder, self.corpus.heldout, note
-            )
+            self.forecast = ForecastHook(self.config, self.record.folder, self.corpus.heldout, note)
         self.checkpoints = Checkpoints(
             self.record.folder / record.CHECKPOINTS, self.config.checkpoint
         )
@@ -207,7 +211,9 @@ class Trainer:
         total = None
         for tokens, weights in self.held_out:
             batch = Batch(
-                tokens_BL=mesh_lib.global_array(self.mesh, tokens.shape, lambda a, b, t=tokens: t[a:b]),
+                tokens_BL=mesh_lib.global_array(
+                    self.mesh, tokens.shape, lambda a, b, t=tokens: t[a:b]
+                ),
                 weights_BL=mesh_lib.global_array(
                     self.mesh, weights.shape, lambda a, b, w=weights: w[a:b]
                 ),
@@ -241,7 +247,9 @@ class Trainer:
         """What the view shows beside the metrics, in bits per byte."""
         unit = self.bits_per_nat
         latest = self.forecast.latest if self.forecast is not None else None
-        band = latest and tuple(unit * x for x in (latest.loss.median, latest.loss.q05, latest.loss.q95))
+        band = latest and tuple(
+            unit * x for x in (latest.loss.median, latest.loss.q05, latest.loss.q95)
+        )
         held_out = self.evaluated and self.evaluated[1] * unit
         return {"bits_per_byte": held_out, "forecast": band}
 

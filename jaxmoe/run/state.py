@@ -12,14 +12,14 @@ from jax.sharding import PartitionSpec as P
 from jaxmoe import mesh as mesh_lib
 from jaxmoe import spec as spec_lib
 from jaxmoe.config import Config
-from jaxmoe.model.lm import Lm, lm_specs
+from jaxmoe.model.lm import lm_specs
 from jaxmoe.optim import optimizer
 
 
 @struct.dataclass
 class TrainState:
     step: Any  # int32 []: updates done
-    params: Lm
+    params: Any  # an Lm
     opt_state: Any
 
 

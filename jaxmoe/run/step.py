@@ -44,7 +44,7 @@ class StepMetrics:
 def train_step(state: TrainState, batch: Batch, config: Config) -> tuple[TrainState, StepMetrics]:
     """One update. The state is donated: its buffers are the new state's."""
 
-    def loss(params: Lm) -> tuple[Array, tuple[LossSums, RouterStats]]:
+    def loss(params: Any) -> tuple[Array, tuple[LossSums, RouterStats]]:
         sums, router = lm_loss(
             params, batch.inputs(), batch.targets(), batch.weights_BL, config.model
         )
@@ -52,7 +52,7 @@ def train_step(state: TrainState, batch: Batch, config: Config) -> tuple[TrainSt
 
     grads, (sums, router) = jax.grad(loss, has_aux=True)(state.params)
     updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params: Any = optax.apply_updates(state.params, updates)
     new = TrainState(step=state.step + 1, params=params, opt_state=opt_state)
     return new, StepMetrics(sums=sums, router=router, grad_norm=optax.global_norm(grads))
 

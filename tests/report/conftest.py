@@ -194,4 +194,4 @@ def around(median: float, scale: float) -> dict[str, float]:
 
 
 def outcome() -> dict[str, Any]:
-    return {"kind": "outcome", "target_step": STEPS, "loss": loss_at(STEPS) + 0.03}
+    return {"kind": "outcome", "target_step": STEPS, "loss": {"realised": loss_at(STEPS) + 0.03}}

@@ -1,0 +1,207 @@
+"""`python -m jaxmoe.forecast`: verify a register, score it, or forecast a run from its files."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from jaxmoe.errors import UserError
+from jaxmoe.forecast import register
+from jaxmoe.forecast.curve import Run, Schedule
+from jaxmoe.forecast.hook_api import Forecast, forecast_final
+from jaxmoe.forecast.score import Score, score, summarise
+
+EXAMPLES = """examples:
+  python -m jaxmoe.forecast verify runs/tiny
+  python -m jaxmoe.forecast score runs/tiny runs/small --json
+  python -m jaxmoe.forecast fit runs/tiny --at 300
+
+exit codes: 0 success, 1 verify found problems, 2 a mistake in what was asked"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.command(args)
+    except UserError as error:
+        print(f"jaxmoe.forecast: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxmoe.forecast", description=__doc__, epilog=EXAMPLES, formatter_class=raw
+    )
+    commands = parser.add_subparsers(required=True, metavar="{verify,score,fit}")
+
+    def add(name: str, command: Any, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=text, description=text, epilog=EXAMPLES, formatter_class=raw
+        )
+        sub.set_defaults(command=command)
+        sub.add_argument("--json", action="store_true", help="print JSON for a script")
+        return sub
+
+    verify = add("verify", _verify, "check the register's hash chain, and the evals it rests on")
+    verify.add_argument("run", metavar="RUN", type=Path, help="run directory")
+    scores = add("score", _score, "score every forecast against the outcome")
+    scores.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run directories")
+    fit = add("fit", _fit, "forecast the final loss from config.json, schedule.json, evals.jsonl")
+    fit.add_argument("run", metavar="RUN", type=Path, help="run directory")
+    fit.add_argument("--at", type=int, metavar="STEP", help="use evals up to this step only")
+    fit.add_argument(
+        "--eval-set", metavar="NAME", help="held-out set (default: that of the first eval)"
+    )
+    fit.add_argument("--seed", type=int, default=0, help="of the fit (default 0)")
+    return parser
+
+
+def _verify(args: argparse.Namespace) -> int:
+    folder = _folder(args.run)
+    problems = register.verify(folder / "forecasts.jsonl")
+    with_evals = (folder / "evals.jsonl").exists()
+    if args.json:
+        found = [dataclasses.asdict(p) for p in problems]
+        print(json.dumps({"ok": not problems, "evals_checked": with_evals, "problems": found}))
+    elif problems:
+        print(f"{args.run}: {len(problems)} problems", *map(str, problems), sep="\n  ")
+    else:
+        lines = len(register.read(folder / "forecasts.jsonl"))
+        against = "and its evals agree" if with_evals else "(no evals.jsonl to check it against)"
+        print(f"{args.run}: {lines} lines, the chain is whole {against}")
+    return 1 if problems else 0
+
+
+def _score(args: argparse.Namespace) -> int:
+    scores: list[tuple[str, Score]] = []
+    for run in args.runs:
+        path = _folder(run) / "forecasts.jsonl"
+        problems = register.verify(path)
+        if problems:
+            raise UserError(f"{run}: not scoring a damaged register: {problems[0]}")
+        try:
+            scores += [(str(run), s) for s in score(register.read(path))]
+        except UserError as error:
+            raise UserError(f"{run}: {error}") from None
+    summaries = summarise([s for _, s in scores])
+    if args.json:
+        rows = [{"run": run, **dataclasses.asdict(s)} for run, s in scores]
+        print(json.dumps({"scores": rows, "summary": [dataclasses.asdict(s) for s in summaries]}))
+        return 0
+    head = (
+        "run",
+        "seen",
+        "median",
+        "realised",
+        "error",
+        "in 50 %",
+        "in 90 %",
+        "width 90 %",
+        "CRPS",
+    )
+    table = Table(*head, title="forecasts")
+    for run, s in scores:
+        hits = ("yes" if s.inside50 else "no", "yes" if s.inside90 else "no")
+        numbers = (f"{s.median:.4f}", f"{s.realised:.4f}", f"{s.error:+.2%}")
+        table.add_row(run, f"{s.seen:.0%}", *numbers, *hits, f"{s.width90:.2%}", f"{s.crps:.4f}")
+    lead = Table("seen", "forecasts", "|error|", "in 50 %", "in 90 %", "CRPS", title="by lead")
+    for row in summaries:
+        parts = (f"{row.absolute_error:.2%}", f"{row.coverage50:.0%}", f"{row.coverage90:.0%}")
+        lead.add_row(f"{row.low:.0%} to {row.high:.0%}", str(row.count), *parts, f"{row.crps:.4f}")
+    console = _console()
+    console.print(table)
+    console.print(lead)
+    return 0
+
+
+def _fit(args: argparse.Namespace) -> int:
+    run = load_run(args.run, eval_set=args.eval_set)
+    forecast = forecast_final(run if args.at is None else run.until(args.at), seed=args.seed)
+    if args.json:
+        print(forecast.json())
+        return 0
+    title = f"{run.name}: held-out loss at step {forecast.target_step}, nats per token"
+    table = Table("step", "5 %", "25 %", "median", "75 %", "95 %", title=title)
+    for point in forecast.path:
+        row = (point.q05, point.q25, point.median, point.q75, point.q95)
+        table.add_row(str(point.step), *(f"{value:.4f}" for value in row))
+    console = _console()
+    console.print(table)
+    console.print(_sentence(forecast))
+    return 0
+
+
+def _console() -> Console:
+    # A pipe has no width, and rich would fold the tables at 80 columns.
+    return Console(width=None if sys.stdout.isatty() else 140)
+
+
+def _sentence(forecast: Forecast) -> str:
+    q, dropped = forecast.loss, f", {forecast.dropped} not finite" if forecast.dropped else ""
+    return (
+        f"final loss {q.median:.4f}, 90 % interval {q.q05:.4f} to {q.q95:.4f}, by {forecast.law} "
+        f"from {forecast.observations} evals up to step {forecast.cutoff_step}{dropped}"
+    )
+
+
+def load_run(folder: Path, *, eval_set: str | None = None) -> Run:
+    """The run that config.json, schedule.json and evals.jsonl of a run directory describe.
+
+    Raises:
+        UserError: a file is missing or malformed, or has no eval of the set.
+    """
+    folder = _folder(folder)
+    config = _object(folder / "config.json")
+    plan = _object(folder / "schedule.json")
+    try:
+        schedule = Schedule.of(plan["lr"], tokens_per_step=float(plan["tokens_per_step"]))
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder / 'schedule.json'}: {error!r}; it needs lr (a list) and tokens_per_step"
+        ) from None
+    rows = register.read_evals(folder / "evals.jsonl")
+    names = list(dict.fromkeys(row["set"] for row in rows))
+    if not names:
+        raise UserError(f"{folder / 'evals.jsonl'}: no evals yet; wait for the first")
+    name = names[0] if eval_set is None else eval_set
+    if name not in names:
+        raise UserError(f"--eval-set {name}: evals.jsonl has {', '.join(names)}")
+    chosen = [row for row in rows if row["set"] == name]
+    print_of_set = chosen[-1]["set_fingerprint"]
+    end = schedule.steps
+    steps, loss = register.observations(chosen, set_fingerprint=print_of_set, until=end)
+    title = config.get("name") or config.get("config", {}).get("name") or folder.name
+    return Run(
+        schedule=schedule, steps=np.array(steps, np.int64), loss=np.array(loss), name=str(title)
+    )
+
+
+def _folder(path: Path) -> Path:
+    if not path.is_dir():
+        raise UserError(f"{path}: no such run directory")
+    return path
+
+
+def _object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; the trainer writes it when a run starts")
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); restore the file") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: a {type(value).__name__}, not a JSON object; restore the file")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""What a law may know of a run: its schedule and the held-out losses seen so far.
+
+Units: losses in nats per token, learning rates relative to the peak, tokens since the start.
+A step is a number of updates done, so `lr[k - 1]` is the rate that update `k` used.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from jaxmoe.errors import UserError
+
+__all__ = ["Run", "Schedule", "canonical_observations", "observations_sha256", "until"]
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Schedule:
+    """The plan of a run, known before it starts.
+
+    Attributes:
+        lr: learning rate of every update, relative to its peak, float64 [steps].
+        tokens: cumulative tokens after every update, float64 [steps] (6*N*D overflows int64).
+
+    Raises:
+        UserError: empty, unequal lengths, a value not finite, a negative rate, all rates zero.
+    """
+
+    lr: Floats
+    tokens: Floats
+
+    def __post_init__(self) -> None:
+        lr, tokens = _floats(self.lr), _floats(self.tokens)
+        if lr.ndim != 1 or lr.size == 0 or lr.shape != tokens.shape:
+            raise UserError(
+                f"schedule: lr has shape {lr.shape} and tokens {tokens.shape}; "
+                "give both one value for every step"
+            )
+        bad = np.flatnonzero(~np.isfinite(lr) | (lr < 0) | ~np.isfinite(tokens))
+        if bad.size:
+            raise UserError(
+                f"schedule: at step {bad[0] + 1} lr={lr[bad[0]]} and tokens={tokens[bad[0]]}; "
+                "both must be finite and lr at least 0"
+            )
+        if lr.max() <= 0:
+            raise UserError(
+                "schedule: every lr is 0; give rates relative to the peak, so 1 is the top"
+            )
+        object.__setattr__(self, "lr", _frozen(lr / lr.max()))
+        object.__setattr__(self, "tokens", _frozen(tokens))
+
+    @classmethod
+    def of(cls, lr: ArrayLike, *, tokens_per_step: float = 1.0) -> "Schedule":
+        """A schedule with an equal number of tokens in every step."""
+        rates = _floats(lr)
+        return cls(lr=rates, tokens=_floats(np.arange(1, rates.size + 1) * float(tokens_per_step)))
+
+    @property
+    def steps(self) -> int:
+        return int(self.lr.size)
+
+    @property
+    def warmup_end(self) -> int:
+        """The first step whose rate is the peak (to 0.1 %)."""
+        return int(np.argmax(self.lr >= 0.999)) + 1
+
+    @property
+    def annealing(self) -> Floats:
+        """[steps] `lr` with the warm-up raised to the peak: only what comes after it anneals."""
+        lr = self.lr.copy()
+        lr[: self.warmup_end] = 1.0
+        return lr
+
+    def lr_sum(self, steps: ArrayLike) -> Floats:
+        """S1 of Tissue et al. 2024, section 3: sum of the relative rates up to each of `steps`."""
+        return np.cumsum(self.lr)[self.index(steps)]
+
+    def index(self, steps: ArrayLike) -> Ints:
+        """Positions of `steps` in the arrays.
+
+        Raises:
+            UserError: a step before 1 or after the end of the schedule.
+        """
+        at = np.atleast_1d(np.asarray(steps)).astype(np.int64)
+        outside = at[(at < 1) | (at > self.steps)]
+        if outside.size:
+            raise UserError(
+                f"step {outside[0]} is outside the schedule of {self.steps} steps; "
+                f"ask for 1 to {self.steps}"
+            )
+        return at - 1
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Run:
+    """A run as a law sees it. Without observations it is a target that is only planned.
+
+    Attributes:
+        schedule: of the whole run, also of the part not trained yet.
+        steps: int64 [n], updates done at each observation, rising.
+        loss: float64 [n], held-out nats per token. Points not finite are dropped and counted.
+        dropped: how many were.
+        params_active, params_total, experts, name: for laws over many runs.
+
+    Raises:
+        UserError: lengths differ, steps do not rise, or a step is outside the schedule.
+    """
+
+    schedule: Schedule
+    steps: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    loss: Floats = field(default_factory=lambda: np.zeros(0))
+    params_active: float | None = None
+    params_total: float | None = None
+    experts: int | None = None
+    name: str = "run"
+    dropped: int = 0
+
+    def __post_init__(self) -> None:
+        steps, loss = np.atleast_1d(np.asarray(self.steps)), np.atleast_1d(_floats(self.loss))
+        if steps.shape != loss.shape or steps.ndim != 1:
+            raise UserError(
+                f"{self.name}: {steps.shape} steps but {loss.shape} losses; give one loss a step"
+            )
+        keep = np.isfinite(loss)
+        steps = steps[keep].astype(np.int64)
+        if np.any(np.diff(steps) <= 0):
+            late = int(np.flatnonzero(np.diff(steps) <= 0)[0]) + 1
+            raise UserError(
+                f"{self.name}: step {steps[late]} follows step {steps[late - 1]}; "
+                "sort the observations and keep one of each step"
+            )
+        self.schedule.index(steps)
+        object.__setattr__(self, "steps", _frozen(steps))
+        object.__setattr__(self, "loss", _frozen(loss[keep]))
+        object.__setattr__(self, "dropped", self.dropped + int(np.sum(~keep)))
+
+    def until(self, step: int) -> "Run":
+        """The run as it was known at `step`: later observations are gone, the plan stays."""
+        keep = self.steps <= step
+        return replace(self, steps=self.steps[keep], loss=self.loss[keep])
+
+
+def until(run: Run, step: int) -> Run:
+    """`run.until(step)`."""
+    return run.until(step)
+
+
+def canonical_observations(steps: Sequence[int] | Ints, loss: Sequence[float] | Floats) -> str:
+    """Canonical JSON `[[step, loss], ...]` of the finite points, floats as Python's repr."""
+    pairs = [[int(s), float(v)] for s, v in zip(steps, loss, strict=True) if np.isfinite(v)]
+    return json.dumps(pairs, separators=(",", ":"), allow_nan=False)
+
+
+def observations_sha256(run: Run) -> str:
+    """SHA-256 hex of the canonical JSON of what a fit of this run sees."""
+    return hashlib.sha256(canonical_observations(run.steps, run.loss).encode()).hexdigest()
+
+
+def _floats(values: ArrayLike) -> Floats:
+    return np.array(values, dtype=np.float64)
+
+
+def _frozen(array: Any) -> Any:
+    array.setflags(write=False)
+    return array

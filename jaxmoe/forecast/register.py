@@ -1,0 +1,361 @@
+"""The register of forecasts: append-only JSON lines, each carrying the SHA-256 of the one before.
+
+`forecasts.jsonl` holds the lines and `forecasts.head.json` their count and the hash of the last
+one, written after it. Together they show any edited, removed, added, moved or torn line, except
+that whoever rewrites every line *and* the anchor can forge all of it: publish the head (print
+it in a log, mail it) to close that door. Right after a kill the anchor may be one line behind; that
+is no error, and the next `append` mends it.
+"""
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from jaxmoe.errors import UserError
+from jaxmoe.forecast.curve import canonical_observations
+
+__all__ = ["Problem", "anchor_path", "append", "observations", "read", "repair_torn", "verify"]
+
+ZEROS = "0" * 64
+LEVELS = {"q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95}
+COMMON = ("config", "set", "set_fingerprint", "target_step", "target_tokens", "loss")
+FIELDS = {
+    "forecast": (*COMMON, "cutoff_step", "cutoff_tokens", "observations_sha256", "law"),
+    "outcome": COMMON,
+}
+SET_BY_APPEND = ("index", "previous")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Something wrong with a register. `line` counts from 1; None: the file as a whole."""
+
+    line: int | None
+    what: str
+
+    def __str__(self) -> str:
+        return self.what if self.line is None else f"line {self.line}: {self.what}"
+
+
+def anchor_path(path: str | Path) -> Path:
+    """`forecasts.jsonl` -> `forecasts.head.json`."""
+    return Path(path).with_suffix(".head.json")
+
+
+def append(path: str | Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds one line (flushed, fsynced), then moves the anchor. Returns the object written.
+
+    `index` and `previous` are filled in here, and `time` (UTC, ISO 8601) where it is missing.
+
+    Raises:
+        UserError: fields are missing or senseless, the register is closed by an outcome, or it is
+            damaged; a damaged register is never extended.
+    """
+    path = Path(path)
+    _check_record(record)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # two writers would both build on the same last line
+        lines, torn = _split(path.read_bytes())
+        problems = _chain_problems(lines, torn) + _anchor_problems(path, lines)
+        if problems:
+            raise UserError(f"{path}: not appending to a damaged register: {problems[0]}")
+        if lines and json.loads(lines[-1])["kind"] == "outcome":
+            raise UserError(f"{path}: closed by the outcome in line {len(lines)}; start a new run")
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        written = {
+            "kind": record["kind"],
+            "index": len(lines),
+            "previous": _sha256(lines[-1]) if lines else ZEROS,
+            "time": record.get("time", now),
+            **{k: v for k, v in record.items() if k not in ("kind", "time")},
+        }
+        line = _dump(written)
+        file.write(line + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+        _write_anchor(path, count=len(lines) + 1, head=_sha256(line))
+    return json.loads(line)
+
+
+def read(path: str | Path) -> list[dict[str, Any]]:
+    """All objects of a register, in order. It does not verify the chain.
+
+    Raises:
+        UserError: no such file, a torn last line, or a line that is no JSON object.
+    """
+    path = Path(path)
+    lines, torn = _split(_bytes(path))
+    if torn:
+        raise UserError(
+            f"{path}: line {len(lines) + 1} is torn; repair_torn removes it after a kill"
+        )
+    records = []
+    for number, line in enumerate(lines, 1):
+        record = _parse(line)
+        if record is None:
+            raise UserError(f"{path}: line {number} is not a JSON object; run verify")
+        records.append(record)
+    return records
+
+
+def verify(path: str | Path, evals: str | Path | None = None) -> list[Problem]:
+    """What is wrong with a register; empty when it is sound.
+
+    Args:
+        evals: the run's evals.jsonl; None takes the one beside the register, if there is one.
+
+    Raises:
+        UserError: neither the register nor its anchor exists.
+    """
+    path = Path(path)
+    anchor_only = not path.exists() and anchor_path(path).exists()
+    lines, torn = _split(b"" if anchor_only else _bytes(path))
+    problems = _chain_problems(lines, torn) + _anchor_problems(path, lines)
+    beside = Path(evals) if evals is not None else path.with_name("evals.jsonl")
+    if evals is not None or beside.exists():
+        rows = read_evals(beside)
+        for number, line in enumerate(lines, 1):
+            problems += _eval_problems(number, _parse(line), rows)
+    return sorted(problems, key=lambda p: math.inf if p.line is None else p.line)
+
+
+def repair_torn(path: str | Path) -> bool:
+    """Removes an incomplete last line that a kill left. Returns whether there was one.
+
+    Raises:
+        UserError: the anchor vouches for the torn line, so it is damage, not an unfinished append.
+    """
+    path = Path(path)
+    if not path.exists():
+        return False
+    with open(path, "r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        data = file.read()
+        lines, torn = _split(data)
+        if not torn:
+            return False
+        anchor = _read_anchor(path)
+        if anchor is not None and anchor.count > len(lines):
+            raise UserError(
+                f"{path}: line {len(lines) + 1} is torn but was once complete; restore a copy"
+            )
+        file.truncate(len(data) - len(torn))
+        file.flush()
+        os.fsync(file.fileno())
+    return True
+
+
+def read_evals(path: str | Path) -> list[dict[str, Any]]:
+    """Objects of an evals.jsonl, in file order; an unfinished last line is left out.
+
+    Raises:
+        UserError: no such file, or a line that is no JSON object.
+    """
+    path = Path(path)
+    rows = []
+    for number, line in enumerate(_split(_bytes(path))[0], 1):
+        row = _parse(line)
+        if row is None or not {"step", "tokens", "set", "set_fingerprint", "nll"} <= row.keys():
+            raise UserError(
+                f"{path}: line {number} is no eval: step, tokens, set, set_fingerprint, nll"
+            )
+        rows.append(row)
+    return rows
+
+
+def observations(
+    rows: Sequence[Mapping[str, Any]], *, set_fingerprint: str, until: int
+) -> tuple[list[int], list[float]]:
+    """Steps and losses of one held-out set up to a step, as a fit should see them.
+
+    Step 0 is left out: no law of training speaks of it. A row whose step is not beyond the last one
+    replaces what came from there on: that is what a resume or a rollback does to a run.
+    """
+    kept: list[tuple[int, float]] = []
+    for row in rows:
+        if row["set_fingerprint"] == set_fingerprint and 0 < row["step"] <= until:
+            nll = float("nan") if row["nll"] is None else float(row["nll"])
+            kept = [pair for pair in kept if pair[0] < row["step"]] + [(int(row["step"]), nll)]
+    kept = [pair for pair in kept if math.isfinite(pair[1])]
+    return [step for step, _ in kept], [loss for _, loss in kept]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Anchor:
+    count: int
+    head: str
+
+
+def _check_record(record: Mapping[str, Any]) -> None:
+    kind = record.get("kind")
+    if kind not in FIELDS:
+        raise UserError(f"kind={kind!r}: a register holds {' and '.join(FIELDS)}")
+    missing = [name for name in FIELDS[kind] if name not in record]
+    if missing:
+        raise UserError(f"a {kind} needs {', '.join(missing)}; give every field")
+    filled = [name for name in SET_BY_APPEND if name in record]
+    if filled:
+        raise UserError(f"{', '.join(filled)} is filled in by append; leave it out")
+    loss = record["loss"]
+    wanted = list(LEVELS) if kind == "forecast" else ["realised"]
+    if not isinstance(loss, Mapping) or sorted(loss) != sorted(wanted):
+        raise UserError(f"loss={loss!r} of a {kind} must have exactly {', '.join(wanted)}")
+    values = [loss[name] for name in wanted]
+    if not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
+        raise UserError(f"loss={loss!r}: every value must be a finite number of nats per token")
+    if values != sorted(values):
+        raise UserError(f"loss={loss!r}: quantiles must rise from q05 to q95")
+
+
+def _dump(record: Mapping[str, Any]) -> bytes:
+    try:
+        return json.dumps(record, separators=(",", ":"), allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"record cannot be written as JSON: {error}; use plain finite values"
+        ) from None
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _split(data: bytes) -> tuple[list[bytes], bytes]:
+    """Complete lines without their newline, and what is left of an unfinished one."""
+    *lines, torn = data.split(b"\n")
+    return lines, torn
+
+
+def _bytes(path: Path) -> bytes:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a run directory that has one")
+    return path.read_bytes()
+
+
+def _sha256(line: bytes) -> str:
+    return hashlib.sha256(line).hexdigest()
+
+
+def _read_anchor(path: Path) -> _Anchor | None:
+    """The anchor; None where there is none; count -1 where it cannot be read."""
+    file = anchor_path(path)
+    if not file.exists():
+        return None
+    value = _parse(file.read_bytes()) or {}
+    count, head = value.get("count"), value.get("head")
+    if not isinstance(count, int) or not isinstance(head, str):
+        return _Anchor(count=-1, head="")
+    return _Anchor(count=count, head=head)
+
+
+def _write_anchor(path: Path, *, count: int, head: str) -> None:
+    file = anchor_path(path)
+    temporary = file.with_suffix(".tmp")
+    with open(temporary, "wb") as out:
+        out.write(_dump({"count": count, "head": head}) + b"\n")
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(temporary, file)
+    with suppress(OSError):  # some network file systems cannot sync a directory
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _chain_problems(lines: Sequence[bytes], torn: bytes) -> list[Problem]:
+    problems = []
+    previous, closed = ZEROS, 0
+    for number, line in enumerate(lines, 1):
+        record = _parse(line)
+        if record is None:
+            problems.append(Problem(line=number, what="not a JSON object: edited or damaged"))
+        else:
+            problems += _line_problems(number, record, previous)
+            if closed:
+                what = f"follows the outcome of line {closed}, which closed the register"
+                problems.append(Problem(line=number, what=what))
+            closed = number if record.get("kind") == "outcome" else closed
+        previous = _sha256(line)
+    if torn:
+        what = "torn: it has no end; repair_torn removes it if a kill left it"
+        problems.append(Problem(line=len(lines) + 1, what=what))
+    return problems
+
+
+def _line_problems(number: int, record: Mapping[str, Any], previous: str) -> list[Problem]:
+    index = record.get("index")
+    problems = []
+    if index != number - 1:
+        what = f"has index {index!r} where {number - 1} belongs: removed, added or moved lines"
+        problems.append(Problem(line=number, what=what))
+    if record.get("previous") != previous:
+        if number == 1:
+            what = "its `previous` is not zeros: edited, or lines before it were removed"
+        else:
+            what = f"its `previous` is not the hash of line {number - 1}: one of them was changed"
+        problems.append(Problem(line=number, what=what))
+    if record.get("kind") not in FIELDS:
+        problems.append(Problem(line=number, what=f"unknown kind {record.get('kind')!r}"))
+    return problems
+
+
+def _anchor_problems(path: Path, lines: Sequence[bytes]) -> list[Problem]:
+    name, anchor = anchor_path(path).name, _read_anchor(path)
+    heads = [ZEROS, *map(_sha256, lines)]
+    if anchor is None:
+        # A kill after the very first line leaves no anchor yet.
+        if len(lines) <= 1:
+            return []
+        return [Problem(line=None, what=f"{name} is missing: the end of the register is unproven")]
+    if anchor.count < 0:
+        return [Problem(line=None, what=f"{name} is not an anchor: edited or damaged")]
+    if anchor.count > len(lines):
+        what = f"{name} counts {anchor.count} lines but there are {len(lines)}: the end was removed"
+        return [Problem(line=len(lines) + 1, what=what)]
+    if anchor.count < len(lines) - 1:
+        what = f"{name} counts {anchor.count} lines but there are {len(lines)}: lines were added"
+        return [Problem(line=anchor.count + 1, what=what)]
+    if anchor.head != heads[anchor.count]:
+        what = f"its hash is not the one in {name}: the line or the anchor was edited"
+        return [Problem(line=max(anchor.count, 1), what=what)]
+    return []
+
+
+def _eval_problems(
+    number: int, record: Mapping[str, Any] | None, rows: Sequence[Mapping[str, Any]]
+) -> list[Problem]:
+    record = record or {}
+    name, cutoff = record.get("set_fingerprint"), record.get("cutoff_step")
+    if record.get("kind") == "forecast" and isinstance(name, str) and isinstance(cutoff, int):
+        seen = rows[: record.get("evals_lines")]
+        steps, losses = observations(seen, set_fingerprint=name, until=cutoff)
+        sha256 = hashlib.sha256(canonical_observations(steps, losses).encode()).hexdigest()
+        if sha256 != record.get("observations_sha256"):
+            what = (
+                f"evals.jsonl up to step {cutoff} is not what this forecast saw: evals were edited"
+            )
+            return [Problem(line=number, what=what)]
+    if record.get("kind") == "outcome" and isinstance(name, str):
+        target = record.get("target_step")
+        steps, losses = observations(rows, set_fingerprint=name, until=target or 0)
+        realised = (record.get("loss") or {}).get("realised")
+        measured = losses[-1] if steps and steps[-1] == target else None
+        if measured != realised:
+            what = f"outcome {realised!r} is not the eval at step {target}, which is {measured!r}"
+            return [Problem(line=number, what=what)]
+    return []

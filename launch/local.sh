@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Trains with N real processes on this machine, joined by jax.distributed (gloo on CPU).
+#
+#   launch/local.sh N [arguments of python -m jaxmoe.train]
+#   launch/local.sh 2 --set mesh.expert=4 --set mesh.model=2 --run-dir runs/two
+#
+# Rank 0 prints here; the others write LOGS/rank-K.log (LOGS defaults to a fresh folder, printed on
+# failure). The first process to fail ends all, with the end of its log shown; so does one Ctrl-C.
+# PYTHON chooses the interpreter (default: .venv/bin/python if there is one, else python3).
+set -u
+usage() { sed -n '2,9s/^# \{0,1\}//p' "$0"; }
+case "${1:-}" in
+  -h|--help) usage; exit 0 ;;
+  ''|0|*[!0-9]*) echo "launch/local.sh: the first argument is the number of processes, not '${1:-}'" >&2; exit 2 ;;
+esac
+n=$1; shift
+root=$(cd "$(dirname "$0")/.." && pwd)
+if [ -z "${PYTHON:-}" ]; then
+  if [ -x "$root/.venv/bin/python" ]; then PYTHON=$root/.venv/bin/python; else PYTHON=python3; fi
+fi
+logs=${LOGS:-$(mktemp -d)}
+mkdir -p "$logs" || exit 2
+# A free port, asked of the kernel.
+port=$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])') || exit 2
+export JAX_COORDINATOR_ADDRESS=127.0.0.1:$port JAXMOE_NUM_PROCESSES=$n PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+
+pids=()
+end_all() { for p in "${pids[@]}"; do kill -TERM "$p" 2>/dev/null; done; sleep 1; for p in "${pids[@]}"; do kill -KILL "$p" 2>/dev/null; done; }
+trap 'end_all; exit 130' INT TERM
+for ((rank = 0; rank < n; rank++)); do
+  if [ "$rank" = 0 ]; then
+    JAXMOE_PROCESS_ID=0 "$PYTHON" -m jaxmoe.train "$@" 2> >(tee "$logs/rank-0.log" >&2) &
+  else
+    JAXMOE_PROCESS_ID=$rank "$PYTHON" -m jaxmoe.train "$@" > "$logs/rank-$rank.log" 2>&1 < /dev/null &
+  fi
+  pids+=($!)
+done
+
+left=$n
+while [ "$left" -gt 0 ]; do
+  wait -n -p gone "${pids[@]}"; code=$?
+  left=$((left - 1))
+  for rank in "${!pids[@]}"; do
+    [ "${pids[$rank]}" = "${gone:-}" ] || continue
+    unset "pids[$rank]"
+    [ "$code" = 0 ] && break
+    end_all
+    # Rank 0 has printed its error here already.
+    if [ "$rank" != 0 ]; then tail -n 5 "$logs/rank-$rank.log" >&2; fi
+    echo "launch/local.sh: rank $rank ended with exit code $code; all were ended; logs in $logs" >&2
+    exit "$code"
+  done
+done

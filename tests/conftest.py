@@ -1,0 +1,27 @@
+"""Eight emulated CPU devices in this process, and the strict settings that every test runs under."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import jax
+import pytest
+
+# Compiled programs are kept between runs of the suite: a re-run takes a fraction of the first.
+CACHE = Path(os.environ.get("JAXMOE_TEST_CACHE", Path(tempfile.gettempdir()) / "jaxmoe-test-cache"))
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+# Halves a cold compile; what is tested are values, not speed.
+jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="session")
+def text_cache() -> Path:
+    """One data cache for all tests and the runs they start."""
+    folder = CACHE / "data"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
