@@ -17,6 +17,8 @@ from jaxmoe import mesh as mesh_lib
 from jaxmoe.config import Config
 from jaxmoe.data.cache import Corpus, prepare
 from jaxmoe.errors import UserError
+from jaxmoe.forecast import register
+from jaxmoe.forecast.score import score
 from jaxmoe.model.cost import cost
 from jaxmoe.model.lm import lm_specs
 from jaxmoe.optim import relative_path
@@ -177,14 +179,35 @@ def _describe(config: Config, trainer: Trainer, peak: float, view: Display) -> N
 
 
 def _summary(outcome: Outcome, corpus: Corpus, run_dir: Path, seconds: float) -> None:
-    from jaxmoe.report.page import write
-
+    """The result, every forecast against it, and the page."""
     xz = corpus.heldout.xz_bits_per_byte
     print(
         f"done in {clock(seconds)}: held-out {outcome.bits_per_byte:.4f} bits per byte"
         f" ({outcome.nll:.4f} nats per token; xz -9 of the same bytes: {xz:.4f})"
     )
-    print(f"report: {write(run_dir)}")
+    _print_scores(run_dir / record.FORECASTS, outcome.bits_per_byte / outcome.nll)
+    try:
+        from jaxmoe.report.page import write  # plotly: not everywhere that trains can draw
+    except ModuleNotFoundError as error:
+        print(
+            f"report: not written, {error.name} is missing; run python -m jaxmoe.report elsewhere"
+        )
+    else:
+        print(f"report: {write(run_dir)}")
+
+
+def _print_scores(file: Path, unit: float) -> None:
+    """Each registered forecast against the outcome; `unit` is bits per byte of one nat per token."""
+    if not file.exists():
+        return
+    records = register.read(file)
+    for line, one in zip(records, score(records), strict=False):
+        low, high = line["loss"]["q05"] * unit, line["loss"]["q95"] * unit
+        print(
+            f"forecast at {one.seen:4.0%} of the run: {one.median * unit:.4f}"
+            f" [{low:.4f}, {high:.4f}], off by {one.error:+.2%},"
+            f" {'inside' if one.inside90 else 'OUTSIDE'} its 90 % interval"
+        )
 
 
 if __name__ == "__main__":

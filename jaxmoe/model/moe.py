@@ -178,7 +178,7 @@ def _backward_at(
     dy_blD: Array,
 ) -> Any:
     plan = dispatch.make_plan(ids_tA, cfg.n_experts, capacity)
-    _, pull = jax.vjp(lambda *args: _run(capacity, *args, plan), x_blD, weights_tA, w)
+    _, pull = jax.vjp(lambda x, u, v: _run(capacity, x, u, v, plan), x_blD, weights_tA, w)
     dx_blD, dweights_tA, dw = pull(dy_blD)
     return dx_blD, dweights_tA.reshape(*x_blD.shape[:2], -1), dw
 
