@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxmoe.config import Config
 from jaxmoe.model.cost import cost
-from jaxmoe.optim import schedule
+from jaxmoe.optim import relative_path
 from jaxmoe.run.progress import View
 from jaxmoe.run.step import StepMetrics
 
@@ -23,7 +23,7 @@ class Meter:
         self.first_step_seconds: float | None = None
         self._config, self._peak = config, peak
         self._flops_per_token = cost(config.model, config.train.seq_len).flops_per_token
-        self._rate = schedule(config.optim, config.train.steps)
+        self._rates = relative_path(config.optim, config.train.steps) * config.optim.lr
         self._before = 0.0  # seconds of earlier starts of this run
         self._began = self._mark = time.perf_counter()
         self._busy, self._count, self._speed = 0.0, 0, None
@@ -45,6 +45,7 @@ class Meter:
         now = time.perf_counter()
         if self.first_step_seconds is None:
             self.first_step_seconds = now - self._mark
+            self._busy = 0.0  # of setting up, before any step
         else:
             self._busy += now - self._mark
             self._count += 1
@@ -70,7 +71,7 @@ class Meter:
             "train/nll": float(m.sums.nll / m.sums.weight),
             "train/loss": float(m.sums.total / m.sums.weight),
             "train/grad_norm": float(m.grad_norm),
-            "train/lr": float(self._rate(step - 1)),
+            "train/lr": float(self._rates[step - 1]),
             "moe/load": np.round(load, 4).tolist(),
             "moe/load_max": float(load.max()),
             "moe/load_min": float(load.min()),
