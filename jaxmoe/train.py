@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -66,7 +67,12 @@ def run(config: Config, run_dir: Path, resume: str) -> int:
     mesh_lib.check_batch(mesh, "train.batch_size", config.train.batch_size)
     mesh_lib.check_batch(mesh, "eval.batch_size", config.eval.batch_size)
     writes = jax.process_index() == 0
+    if (result := record.finished(run_dir)) is not None:
+        if writes:
+            _say_finished(result, run_dir)
+        return 0
     corpus = prepare(config.data, config.model.vocab_size, _reporter(writes))
+    record.check_data(run_dir, corpus.fingerprint)
     view = display(writes=writes)
     try:
         with jax.set_mesh(mesh):
@@ -176,6 +182,18 @@ def _describe(config: Config, trainer: Trainer, peak: float, view: Display) -> N
         f"training text {len(corpus.train) / 1e6:.2f} M tokens; held out {held_out.name},"
         f" {held_out.bytes / 1e3:.0f} kB (xz -9: {held_out.xz_bits_per_byte:.3f} bits per byte)"
     )
+
+
+def _say_finished(result: dict[str, Any], run_dir: Path) -> None:
+    from jaxmoe.report.page import write
+
+    print(
+        f"{run_dir} is finished: held-out {result['bits_per_byte']:.4f} bits per byte"
+        f" ({result['nll']:.4f} nats per token) at step {result['step']}; nothing is left to do"
+    )
+    if not (run_dir / REPORT).exists():  # a kill came between the last step and the page
+        write(run_dir)
+    print(f"report: {run_dir / REPORT}")
 
 
 def _summary(outcome: Outcome, corpus: Corpus, run_dir: Path, seconds: float) -> None:

@@ -1,7 +1,8 @@
 """Checkpoints by orbax: state, data position, forecast state and config, saved as one.
 
 Saving is asynchronous and becomes visible by a rename, so a kill at any moment leaves the one
-before. What cannot be restored is set aside, and the one before it is taken.
+before. What is not as it was sealed (seal.py) or cannot be restored is set aside once an earlier one
+is found whole; as long as none is, nothing is touched.
 """
 
 from dataclasses import dataclass
@@ -9,10 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from jaxmoe.config import CheckpointConfig
+from jaxmoe.errors import UserError
+from jaxmoe.run import seal
 from jaxmoe.run.state import TrainState
+
+ITEMS = ("state", "meta")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +38,23 @@ class Checkpoints:
     def __init__(self, folder: Path, config: CheckpointConfig) -> None:
         self._folder = folder.absolute()
         self._config = config
+        self._saving = 0  # step
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=self._config.keep, cleanup_tmp_directories=True
+            max_to_keep=self._config.keep,
+            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
-        return ocp.CheckpointManager(self._folder, options=options, item_names=("state", "meta"))
+        return ocp.CheckpointManager(self._folder, options=options, item_names=ITEMS)
+
+    def _seal(self) -> None:
+        """Called when all files are written and their folder has not got its final name yet."""
+        if jax.process_index() == 0:
+            step = str(self._saving)
+            folder = next(f for f in self._folder.iterdir() if f.name.partition(".")[0] == step)
+            seal.write(folder, ITEMS)
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
@@ -48,27 +65,48 @@ class Checkpoints:
             state=ocp.args.StandardSave(state),  # pyright: ignore[reportCallIssue]
             meta=ocp.args.JsonSave(meta),  # pyright: ignore[reportCallIssue]
         )
+        self._manager.wait_until_finished()
+        self._saving = step
         self._manager.save(step, args=args, force=True)
 
     def restore(self, abstract: TrainState) -> Restored | None:
-        """The newest checkpoint that is whole, onto the shardings of `abstract`; None if none is.
+        """The newest checkpoint that is whole, onto the shardings of `abstract`; None: there is none.
 
-        Files are read back in full; any failure to do so counts as broken. A broken one is moved
-        to `broken-STEP` beside the others, so that its step can be saved again.
+        The broken ones that are newer move to `broken-checkpoint-STEP` in the run's folder, so that
+        their steps can be saved again.
+
+        Raises:
+            UserError: there are checkpoints, and all of them are broken.
         """
         broken = []
         for step in reversed(self.steps()):
-            try:
-                state, meta = self._restore(step, abstract)
-            except Exception as error:  # whatever the storage layers raise
-                reason = " ".join(str(error).split())[:300]
-                broken.append((step, f"{type(error).__name__}: {reason}"))
-                self._set_aside(step)
-                continue
-            return Restored(step=step, state=state, meta=meta, broken=tuple(broken))
+            reason = self._broken_seal(step)
+            if reason is None:
+                try:
+                    state, meta = self._restore(step, abstract)
+                except Exception as error:  # whatever the storage layers raise
+                    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                else:
+                    self._set_aside([step for step, _ in broken])
+                    return Restored(step=step, state=state, meta=meta, broken=tuple(broken))
+            broken.append((step, reason))
         if broken:
-            raise RuntimeError(f"no checkpoint in {self._folder} can be restored: {broken}")
+            reasons = "; ".join(f"{step}: {reason}" for step, reason in broken)
+            raise UserError(
+                f"no checkpoint in {self._folder} can be restored ({reasons}); bring one back, or"
+                " give another --run-dir"
+            )
         return None
+
+    def _broken_seal(self, step: int) -> str | None:
+        """As process 0 finds it, so that all processes go the same way."""
+        reason = None
+        if jax.process_index() == 0:
+            reason = seal.problem(self._folder / str(step), ITEMS)
+        if jax.process_count() > 1:
+            found = multihost_utils.broadcast_one_to_all(np.int32(reason is not None))
+            reason = reason or ("broken, as process 0 says" if found else None)
+        return reason
 
     def _restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         args = ocp.args.Composite(
@@ -81,14 +119,17 @@ class Checkpoints:
             raise ValueError(f"it says step {int(state.step)} and {meta['step']}, not {step}")
         return state, meta
 
-    def _set_aside(self, step: int) -> None:
+    def _set_aside(self, steps: list[int]) -> None:
+        if not steps:
+            return
         self._manager.close()
         if jax.process_index() == 0:
-            (self._folder / str(step)).rename(self._folder.parent / f"broken-checkpoint-{step}")
+            for step in steps:
+                aside = self._folder.parent / f"broken-checkpoint-{step}"
+                names = (aside, *(aside.with_name(f"{aside.name}-{n}") for n in range(2, 100)))
+                (self._folder / str(step)).rename(next(n for n in names if not n.exists()))
         if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            multihost_utils.sync_global_devices(f"set aside {step}")
+            multihost_utils.sync_global_devices("broken checkpoints are set aside")
         self._manager = self._open()
 
     def close(self) -> None:

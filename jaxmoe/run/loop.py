@@ -22,7 +22,6 @@ from jaxmoe import mesh as mesh_lib
 from jaxmoe.config import Config
 from jaxmoe.data.cache import Corpus
 from jaxmoe.data.loader import Stream, heldout_batches
-from jaxmoe.errors import UserError
 from jaxmoe.run import record
 from jaxmoe.run.checkpoint import Checkpoints
 from jaxmoe.run.forecasting import ForecastHook
@@ -92,12 +91,6 @@ class Trainer:
         return restored.state
 
     def _resume(self, step: int, meta: dict[str, Any]) -> None:
-        if meta["data"] != self.corpus.fingerprint:
-            raise UserError(
-                f"the training data changed since the checkpoint of step {step} ({meta['data']} ->"
-                f" {self.corpus.fingerprint}): losses would not be comparable; bring it back, or"
-                " give another --run-dir"
-            )
         self.position = meta["position"]
         self.meter.restore(meta["seconds"])
         self.record.rewind(step)
@@ -167,9 +160,12 @@ class Trainer:
         self.meter.stepped()
         if first:
             self._describe_start()
-        if not math.isfinite(nll):
-            self._event("crash", step, f"train loss is {nll}")
-            raise FloatingPointError(f"step {step}: the train loss is {nll}")
+        # The gradients too: they are in the parameters already, and must not be saved.
+        norm = float(metrics.grad_norm)
+        if not (math.isfinite(nll) and math.isfinite(norm)):
+            why = f"the train loss is {nll}, the gradient's norm {norm}"
+            self._event("crash", step, why)
+            raise FloatingPointError(f"step {step}: {why}")
         if due(step, self.config.train.log_every) or step == self.config.train.steps:
             line = self.meter.line(step, metrics)
             self.record.append(record.METRICS, line)

@@ -53,8 +53,9 @@ class Meter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time in here is not a step's."""
-        self._busy += time.perf_counter() - self._mark
+        """Time in here is not a step's; nor is what lies before the end of the first step."""
+        if self.first_step_seconds is not None:
+            self._busy += time.perf_counter() - self._mark
         yield
         self._mark = time.perf_counter()
 

@@ -40,8 +40,11 @@ def check_directory(run_dir: Path, config: Config, resume: str) -> None:
     if not file.exists():
         if resume == "must":
             raise UserError(f"--resume must: {run_dir} holds no run")
-        # Before config.json is there, nothing of ours is: whatever is there is somebody else's.
-        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        # Before config.json is there, nothing of ours is but what a kill left of writing it:
+        # whatever else is there is somebody else's.
+        if run_dir.exists() and (
+            not run_dir.is_dir() or any(f.name != f"{CONFIG}.tmp" for f in run_dir.iterdir())
+        ):
             raise UserError(f"{run_dir} holds something that is not a run; give another --run-dir")
         return
     if resume == "never":
@@ -52,6 +55,24 @@ def check_directory(run_dir: Path, config: Config, resume: str) -> None:
             f"{run_dir} holds a run of a different config ({'; '.join(differences)});"
             " give another --run-dir"
         )
+
+
+def check_data(run_dir: Path, fingerprint: str) -> None:
+    """Raises UserError if the run in the directory was trained on other data."""
+    file = run_dir / ENVIRONMENT
+    before = json.loads(file.read_text())["data"]["fingerprint"] if file.exists() else fingerprint
+    if before != fingerprint:
+        raise UserError(
+            f"{run_dir}: the training data changed since this run began ({before} -> {fingerprint}):"
+            " losses would not be comparable; bring it back, or give another --run-dir"
+        )
+
+
+def finished(run_dir: Path) -> dict[str, Any] | None:
+    """The final held-out result of a run that is done; None if it is not."""
+    done = [event["step"] for event in read_lines(run_dir / EVENTS) if event["what"] == "done"]
+    rows = [row for row in read_lines(run_dir / EVALS) if done and row["step"] == done[-1]]
+    return rows[-1] if rows else None
 
 
 def read_config(run_dir: Path) -> Config:
@@ -102,8 +123,14 @@ class RunRecord:
         return read_lines(self.folder / name)
 
     def evaluated(self, line: Mapping[str, Any]) -> None:
-        """Adds a held-out result, unless the same is there already."""
-        if line not in self.read(EVALS):
+        """Adds a held-out result, unless the same is there already.
+
+        A line stands for its step until one of an earlier or the same step follows it.
+        """
+        standing: list[dict[str, Any]] = []
+        for row in self.read(EVALS):
+            standing = [k for k in standing if k["step"] < row["step"]] + [row]
+        if line not in standing:
             self.append(EVALS, line)
 
     def rewind(self, step: int) -> None:

@@ -54,7 +54,7 @@ def train_step(state: TrainState, batch: Batch, config: Config) -> tuple[TrainSt
     updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
     params: Any = optax.apply_updates(state.params, updates)
     new = TrainState(step=state.step + 1, params=params, opt_state=opt_state)
-    return new, StepMetrics(sums=sums, router=router, grad_norm=optax.global_norm(grads))
+    return new, StepMetrics(sums=sums, router=router, grad_norm=optax.tree.norm(grads))
 
 
 @partial(jax.jit, static_argnums=2)
