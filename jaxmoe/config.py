@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import json
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -160,7 +161,15 @@ def load(spec: str) -> Config:
     if not callable(build):
         near = _nearest(function, [n for n in vars(module) if not n.startswith("_")])
         raise UserError(f"--config {file}: it has no function {function!r}{near}")
-    config = build()
+    try:
+        config = build()
+    except UserError:
+        raise
+    except Exception as error:
+        line = traceback.extract_tb(error.__traceback__)[-1].lineno
+        raise UserError(
+            f"--config {file}: {function}(), line {line}: {type(error).__name__}: {error}"
+        ) from error
     if not isinstance(config, Config):
         raise UserError(
             f"--config {spec}: {function}() returned {type(config).__name__}, not Config"

@@ -29,6 +29,7 @@ from jaxmoe.run.progress import Display, clock, display
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = ROOT / "configs" / "quickstart.py"
+REPORT = "report.html"
 
 EXAMPLES = """examples:
   python -m jaxmoe.train                                  the quickstart: minutes on two CPU cores
@@ -73,10 +74,11 @@ def run(config: Config, run_dir: Path, resume: str) -> int:
         return 0
     corpus = prepare(config.data, config.model.vocab_size, _reporter(writes))
     record.check_data(run_dir, corpus.fingerprint)
+    # Outside of the mesh: it is measured on one device.
+    peak = platform.measured_peak(config.model.dtype)
     view = display(writes=writes)
     try:
         with jax.set_mesh(mesh):
-            peak = platform.measured_peak(config.model.dtype)
             trainer = Trainer(config, mesh, corpus, run_dir, view, peak)
             state = trainer.prepare()
             _describe(config, trainer, peak, view)
@@ -165,6 +167,7 @@ def _describe(config: Config, trainer: Trainer, peak: float, view: Display) -> N
             "data": {
                 "fingerprint": corpus.fingerprint,
                 "train_tokens": len(corpus.train),
+                "skipped_files": dict(corpus.manifest["skipped"]),
                 "heldout": held_out.name,
                 "heldout_bytes": held_out.bytes,
                 "heldout_fingerprint": held_out.fingerprint,
@@ -178,6 +181,10 @@ def _describe(config: Config, trainer: Trainer, peak: float, view: Display) -> N
         f"{config.name}: {sizes}; {platform.describe_devices()}, mesh {axes};"
         f" matmul peak {peak / 1e9:.0f} GFLOP/s"
     )
+    skipped = corpus.manifest["skipped"]
+    if config.data.path is not None and skipped:
+        counts = ", ".join(f"{n} {reason}" for reason, n in skipped.items())
+        view.note(f"files skipped in {config.data.path}: {counts}")
     view.note(
         f"training text {len(corpus.train) / 1e6:.2f} M tokens; held out {held_out.name},"
         f" {held_out.bytes / 1e3:.0f} kB (xz -9: {held_out.xz_bits_per_byte:.3f} bits per byte)"
@@ -215,7 +222,7 @@ def _summary(outcome: Outcome, corpus: Corpus, run_dir: Path, seconds: float) ->
 
 
 def _print_scores(file: Path, unit: float) -> None:
-    """Each registered forecast against the outcome; `unit` is bits per byte of one nat per token."""
+    """Each registered forecast against the outcome; `unit`: bits per byte of one nat per token."""
     if not file.exists():
         return
     records = register.read(file)

@@ -5,10 +5,11 @@
 #   launch/local.sh 2 --set mesh.expert=4 --set mesh.model=2 --run-dir runs/two
 #
 # Rank 0 prints here; the others write LOGS/rank-K.log (LOGS defaults to a fresh folder, printed on
-# failure). The first process to fail ends all, with the end of its log shown; so does one Ctrl-C.
+# failure). The first process to fail ends all, with the end of its log shown unless rank 0 ended the
+# same way by itself (it has printed why); so does one Ctrl-C.
 # PYTHON chooses the interpreter (default: .venv/bin/python if there is one, else python3).
 set -u
-usage() { sed -n '2,9s/^# \{0,1\}//p' "$0"; }
+usage() { sed -n '2,10s/^# \{0,1\}//p' "$0"; }
 case "${1:-}" in
   -h|--help) usage; exit 0 ;;
   ''|0|*[!0-9]*) echo "launch/local.sh: the first argument is the number of processes, not '${1:-}'" >&2; exit 2 ;;
@@ -25,8 +26,16 @@ port=$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)
 export JAX_COORDINATOR_ADDRESS=127.0.0.1:$port JAXMOE_NUM_PROCESSES=$n PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 
 pids=()
-end_all() { for p in "${pids[@]}"; do kill -TERM "$p" 2>/dev/null; done; sleep 1; for p in "${pids[@]}"; do kill -KILL "$p" 2>/dev/null; done; }
-trap 'end_all; exit 130' INT TERM
+# Waits up to $1 tenths of a second for all to end.
+grace() {
+  for ((i = 0; i < $1; i++)); do
+    for p in "${pids[@]}"; do kill -0 "$p" 2>/dev/null && { sleep 0.1; continue 2; }; done
+    return
+  done
+}
+signal_all() { for p in "${pids[@]}"; do kill "-$1" "$p" 2>/dev/null; done; }
+end_all() { signal_all TERM; grace 10; signal_all KILL; wait "${pids[@]}" 2>/dev/null; }
+trap 'end_all; exit 130' INT TERM HUP
 for ((rank = 0; rank < n; rank++)); do
   if [ "$rank" = 0 ]; then
     JAXMOE_PROCESS_ID=0 "$PYTHON" -m jaxmoe.train "$@" 2> >(tee "$logs/rank-0.log" >&2) &
@@ -36,7 +45,7 @@ for ((rank = 0; rank < n; rank++)); do
   pids+=($!)
 done
 
-left=$n
+left=$n zero=${pids[0]}
 while [ "$left" -gt 0 ]; do
   wait -n -p gone "${pids[@]}"; code=$?
   left=$((left - 1))
@@ -44,9 +53,12 @@ while [ "$left" -gt 0 ]; do
     [ "${pids[$rank]}" = "${gone:-}" ] || continue
     unset "pids[$rank]"
     [ "$code" = 0 ] && break
+    grace 30  # a mistake or a crash that all share is told by rank 0, in its own words
     end_all
-    # Rank 0 has printed its error here already.
-    if [ "$rank" != 0 ]; then tail -n 5 "$logs/rank-$rank.log" >&2; fi
+    if [ "$rank" != 0 ]; then
+      wait "$zero"
+      [ $? = "$code" ] || tail -n 5 "$logs/rank-$rank.log" >&2
+    fi
     echo "launch/local.sh: rank $rank ended with exit code $code; all were ended; logs in $logs" >&2
     exit "$code"
   done

@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 import jax
+import processes
 import pytest
 
 # Compiled programs are kept between runs of the suite: a re-run takes a fraction of the first.
@@ -25,3 +26,11 @@ def text_cache() -> Path:
     folder = CACHE / "data"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def straight(text_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of tests/run/small.py on one device from start to end: what all others must equal."""
+    run_dir = tmp_path_factory.mktemp("straight") / "run"
+    (run_dir.parent / "stdout").write_text(processes.finish(processes.train(run_dir), text_cache))
+    return run_dir

@@ -1,8 +1,8 @@
 """Checkpoints by orbax: state, data position, forecast state and config, saved as one.
 
 Saving is asynchronous and becomes visible by a rename, so a kill at any moment leaves the one
-before. What is not as it was sealed (seal.py) or cannot be restored is set aside once an earlier one
-is found whole; as long as none is, nothing is touched.
+before. What is not as it was sealed (seal.py) or cannot be restored is set aside once an earlier
+one is found whole; as long as none is, nothing is touched.
 """
 
 from dataclasses import dataclass
@@ -70,7 +70,7 @@ class Checkpoints:
         self._manager.save(step, args=args, force=True)
 
     def restore(self, abstract: TrainState) -> Restored | None:
-        """The newest checkpoint that is whole, onto the shardings of `abstract`; None: there is none.
+        """The newest whole checkpoint, onto the shardings of `abstract`; None if there are none.
 
         The broken ones that are newer move to `broken-checkpoint-STEP` in the run's folder, so that
         their steps can be saved again.

@@ -110,7 +110,7 @@ class Trainer:
             if due(step, config.eval.every) or step == last:
                 pending = self._read(pending)
                 self.evaluate(step, state)
-            if (due(step, config.checkpoint.every) and step and step != saved) or step == last:
+            if step not in (0, saved) and (due(step, config.checkpoint.every) or step == last):
                 pending = self._read(pending)
                 self.save(step, state)
             if step == last:

@@ -63,8 +63,9 @@ def check_data(run_dir: Path, fingerprint: str) -> None:
     before = json.loads(file.read_text())["data"]["fingerprint"] if file.exists() else fingerprint
     if before != fingerprint:
         raise UserError(
-            f"{run_dir}: the training data changed since this run began ({before} -> {fingerprint}):"
-            " losses would not be comparable; bring it back, or give another --run-dir"
+            f"{run_dir}: the training data changed since this run began ({before} ->"
+            f" {fingerprint}): losses would not be comparable; bring it back, or give another"
+            " --run-dir"
         )
 
 

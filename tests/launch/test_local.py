@@ -1,0 +1,160 @@
+"""launch/local.sh: two real processes, joined by jax.distributed over gloo, four devices each."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import Popen
+
+import numpy as np
+import pytest
+from processes import (
+    PATIENCE,
+    alive,
+    events,
+    finish,
+    kill_group,
+    lines,
+    local,
+    logged,
+    metrics,
+    run,
+    started,
+    wait_until,
+)
+
+from jaxmoe.forecast.__main__ import main as forecast
+
+pytestmark = pytest.mark.multiprocess
+
+ENDS_WITHIN = 15.0  # seconds: all processes, once one has failed
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("two")
+
+
+class Broken:
+    """Starts of a run that are ended from outside, and what was seen."""
+
+    def __init__(self, folder: Path, text_cache: Path) -> None:
+        self.run_dir, self.text_cache = folder / "run", text_cache
+        self.ends: dict[str, tuple[int, float, str, list[int]]] = {}
+
+    def end(
+        self, run_dir: Path, ready: Callable[[], bool], send: Callable[[Popen], object]
+    ) -> None:
+        """Starts, waits until ready, sends a signal, and waits until nobody is left."""
+        log = run_dir.parent / f"{send.__name__}.log"
+        with started(local(2, run_dir), self.text_cache, log) as process:
+            wait_until(process, ready, log)
+            begin = time.monotonic()
+            send(process)
+            code = process.wait(timeout=PATIENCE)
+            while (left := alive(process.pid)) and time.monotonic() < begin + ENDS_WITHIN:
+                time.sleep(0.01)  # they are dead, and the kernel has yet to say so
+            seconds = time.monotonic() - begin
+        self.ends[send.__name__] = code, seconds, log.read_text(), left
+
+
+def rank(process: Popen, number: int) -> int:
+    """The id of a rank's process in the launcher's group."""
+    for pid in alive(process.pid):
+        environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        if f"JAXMOE_PROCESS_ID={number}".encode() in environ and b"jaxmoe.train" in command:
+            return pid
+    raise AssertionError(f"no rank {number}")
+
+
+def kill_rank_1(process: Popen) -> None:
+    os.kill(rank(process, 1), signal.SIGKILL)
+
+
+def press_ctrl_c(process: Popen) -> None:
+    process.send_signal(signal.SIGINT)
+
+
+@pytest.fixture(scope="module")
+def broken(folder: Path, text_cache: Path) -> Broken:
+    """The whole group is killed, then one rank; then the run is finished. Beside it, Ctrl-C."""
+    it = Broken(folder, text_cache)
+    run_dir, other = it.run_dir, folder / "other"
+    saved = (run_dir / "checkpoints" / "6").exists
+    it.end(run_dir, lambda: logged(run_dir) >= 8 and saved(), kill_group)
+    it.end(run_dir, lambda: logged(run_dir) >= 14, kill_rank_1)
+    (folder / "stdout").write_text(finish(local(2, run_dir), text_cache))
+    it.end(other, (other / "config.json").exists, press_ctrl_c)
+    return it
+
+
+def test_losses_equal_one_processs_to_rounding(broken: Broken, straight: Path):
+    """At every step, over three starts, on data=2 x expert=2 x model=2."""
+    mine, theirs = metrics(broken.run_dir), metrics(straight)
+    assert [row["step"] for row in mine] == list(range(1, 25))
+    for name in ("train/nll", "train/loss", "train/lr", "tokens"):
+        np.testing.assert_allclose(
+            [row[name] for row in mine], [row[name] for row in theirs], rtol=1e-5, err_msg=name
+        )
+
+
+def test_two_processes_resume_by_themselves(broken: Broken, straight: Path):
+    resumed = [row["step"] for row in events(broken.run_dir, "resume")]
+    assert len(resumed) == 2
+    assert resumed[0] in (6, 12)
+    assert resumed[-1] in (6, 12, 18)
+    last = [lines(run / "evals.jsonl")[-1]["nll"] for run in (broken.run_dir, straight)]
+    np.testing.assert_allclose(last[0], last[1], rtol=1e-5)
+    assert forecast(["verify", str(broken.run_dir)]) == 0
+
+
+def test_only_rank_0_writes(broken: Broken, folder: Path):
+    """Each line of the record once, and the view on one process's stdout."""
+    starts = len(events(broken.run_dir, "start")) + len(events(broken.run_dir, "resume"))
+    assert starts == 3
+    assert len(events(broken.run_dir, "done")) == 1
+    shown = (folder / "stdout").read_text()
+    assert shown.count("step 24/24") == 1
+    assert "8 x cpu, 2 processes" in shown
+
+
+def test_a_dead_rank_ends_all_with_a_message(broken: Broken):
+    code, seconds, text, left = broken.ends["kill_rank_1"]
+    assert code == 128 + signal.SIGKILL
+    assert seconds < ENDS_WITHIN
+    assert "rank 1 ended with exit code 137; all were ended" in text
+    assert left == []
+
+
+def test_one_ctrl_c_ends_all(broken: Broken):
+    code, seconds, _, left = broken.ends["press_ctrl_c"]
+    assert code == 130
+    assert seconds < ENDS_WITHIN
+    assert left == []
+
+
+def test_kill_9_of_the_group_leaves_nobody(broken: Broken):
+    code, _, _, left = broken.ends["kill_group"]
+    assert code == -signal.SIGKILL
+    assert left == []
+
+
+@pytest.mark.parametrize("bad", ["model.d_modle=3", "mesh.data=3"], ids=["config", "mesh"])
+def test_a_users_mistake_is_told_once_and_exits_2(folder: Path, text_cache: Path, bad: str):
+    """Whether it is seen before the processes have joined, or after."""
+    run_dir = folder / "never"
+    sets = ["--set", "mesh.emulate=4", "--set", bad]
+    done = run(local(2, run_dir, *sets), text_cache)
+    assert done.returncode == 2
+    assert done.stderr.count("jaxmoe.train: ") == 1
+    assert "Traceback" not in done.stderr
+    assert not run_dir.exists()
+
+
+def test_the_number_of_processes_is_asked_for(text_cache: Path):
+    done = run([*local(2, Path("nowhere"))[:1], "two"], text_cache)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "not 'two'" in done.stderr

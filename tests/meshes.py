@@ -1,0 +1,40 @@
+"""Meshes over some of the eight emulated devices, for every test that needs one."""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxmoe import mesh
+from jaxmoe.config import MeshConfig
+from jaxmoe.spec import map_specs
+
+
+def on(**axes: int) -> Mesh:
+    """As many of the eight devices as the sizes multiply to; an axis that is left out is 1."""
+    n = math.prod(axes.values())
+    shape = mesh.sizes(MeshConfig(**{"data": 1, **axes}), n)
+    devices = np.array(jax.devices()[:n]).reshape(*shape.values())
+    return Mesh(devices, mesh.AXES, axis_types=(AxisType.Explicit,) * len(mesh.AXES))
+
+
+# A batch as the model is given it: its first dim over the axes that share a batch.
+ROWS = P(mesh.BATCH)
+
+
+def put_params(where: Mesh, params: Any, specs: Any) -> Any:
+    """Parameters as a layer uses them: gathered, but for the tensor and expert axes."""
+    return put(where, params, map_specs(lambda s: mesh.partition(s, mesh.COMPUTE), specs))
+
+
+def hlo(compiled: Any) -> str:
+    """The text of a compiled program."""
+    return compiled.as_text()
+
+
+def put(where: Mesh, tree: Any, specs: Any = ROWS) -> Any:
+    """Arrays onto a mesh; one spec for all of them, or a tree of specs."""
+    return jax.device_put(tree, jax.tree.map(lambda spec: NamedSharding(where, spec), specs))

@@ -1,0 +1,80 @@
+"""A run that was killed goes on as if nothing had happened; on another mesh, to rounding."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from processes import Killed, events, finish, lines, metrics, train
+
+from jaxmoe.forecast.__main__ import main as forecast
+
+
+def test_every_loss_equals_the_unbroken_runs_bit_for_bit(killed: Killed, straight: Path):
+    """Loss, gradient norm, rate and expert load of every step, once and in order."""
+    assert metrics(killed.run_dir) == metrics(straight)
+    assert [row["step"] for row in metrics(straight)] == list(range(1, 25))
+
+
+def test_the_kills_came_where_they_should(killed: Killed):
+    """Before a checkpoint, between two, and in the middle of writing one."""
+    resumed = [row["step"] for row in events(killed.run_dir, "resume")]
+    assert len(events(killed.run_dir, "start")) == 2
+    assert resumed[0] == 12
+    assert killed.half_step > 12
+    assert resumed[-1] in (12, 18)
+
+
+def test_evals_equal_the_unbroken_runs_and_none_is_there_twice(killed: Killed, straight: Path):
+    assert (killed.run_dir / "evals.jsonl").read_bytes() == (straight / "evals.jsonl").read_bytes()
+
+
+def test_the_register_goes_on_where_it_was(killed: Killed, straight: Path):
+    """One forecast a cut-off, the same numbers as without kills, and the chain holds."""
+    mine, theirs = (lines(run / "forecasts.jsonl") for run in (killed.run_dir, straight))
+    assert [row.get("cutoff_step") for row in mine] == [12, 16, 20, None]
+    assert [row["loss"] for row in mine] == [row["loss"] for row in theirs]
+    assert forecast(["verify", str(killed.run_dir)]) == 0
+
+
+def test_the_data_position_is_the_sequences_consumed(killed: Killed):
+    saved = json.loads((killed.run_dir / "checkpoints/24/meta/metadata").read_text())
+    assert saved["position"] == 24 * 8
+
+
+def test_the_time_of_earlier_starts_counts(killed: Killed):
+    seconds = [row["seconds"] for row in lines(killed.run_dir / "metrics.jsonl")]
+    assert seconds == sorted(seconds)
+
+
+@pytest.fixture(scope="module")
+def moved(killed: Killed, text_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Begun on one device, finished on eight: expert=4 x model=2."""
+    run_dir = tmp_path_factory.mktemp("moved") / "run"
+    shutil.copytree(killed.half, run_dir)
+    finish(train(run_dir, "--set", "mesh.expert=4", "--set", "mesh.model=2"), text_cache)
+    return run_dir
+
+
+def test_on_another_mesh_every_loss_is_the_same_to_rounding(moved: Path, straight: Path):
+    """So the order of the data is the same, and so is every part of the state."""
+    assert [row["step"] for row in events(moved, "resume")][-1] == 12
+    assert json.loads((moved / "environment.json").read_text())["mesh"]["expert"] == 4
+    mine, theirs = metrics(moved), metrics(straight)
+    assert mine[:12] == theirs[:12]
+    for name in ("step", "tokens", "train/nll", "train/loss", "train/lr"):
+        np.testing.assert_allclose(
+            [row[name] for row in mine], [row[name] for row in theirs], rtol=1e-5, err_msg=name
+        )
+
+
+def test_on_another_mesh_evals_agree_and_the_register_holds(moved: Path, straight: Path):
+    """The later line of a step is the one that counts."""
+    theirs = {row["step"]: row["nll"] for row in lines(straight / "evals.jsonl")}
+    mine = {row["step"]: row["nll"] for row in lines(moved / "evals.jsonl")}
+    assert list(theirs) == sorted(mine)
+    np.testing.assert_allclose([mine[s] for s in theirs], list(theirs.values()), rtol=1e-5)
+    assert forecast(["verify", str(moved)]) == 0
+    cutoffs = [row.get("cutoff_step") for row in lines(moved / "forecasts.jsonl")]
+    assert cutoffs == [12, 16, 20, None]
