@@ -1,6 +1,16 @@
 """The default run: a few million parameters, this machine's own text, minutes on two CPU cores."""
 
-from jaxmoe.config import Config, DataConfig, EvalConfig, ForecastConfig, ModelConfig, replace
+from jaxmoe.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    ForecastConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    replace,
+)
 
 # Set aside before anything is read. Two distributions of our own lock and five packages of the
 # standard library: library code of two schools, in none of the training text.
@@ -8,7 +18,17 @@ HELD_OUT = ("flax", "optax", "email", "http", "json", "logging", "urllib")
 
 
 def quickstart() -> Config:
-    return Config(name="quickstart", data=DataConfig(holdout=HELD_OUT))
+    """Sizes and rates are the best of LOG.md, 2026-11-22, for three minutes of training."""
+    return Config(
+        name="quickstart",
+        model=ModelConfig(vocab_size=2048),
+        data=DataConfig(holdout=HELD_OUT, holdout_bytes=130_000),
+        optim=OptimConfig(lr=5e-3, warmup_steps=50, decay_fraction=0.3),
+        train=TrainConfig(steps=700, batch_size=8, seq_len=256, log_every=10),
+        eval=EvalConfig(every=50),
+        checkpoint=CheckpointConfig(every=100),
+        forecast=ForecastConfig(first=200, every=100),
+    )
 
 
 def tiny() -> Config:
@@ -30,7 +50,7 @@ def tiny() -> Config:
             loss_chunk=16,
         ),
         data=replace(base.data, max_bytes=2_000_000, tokenizer_bytes=500_000, holdout_bytes=40_000),
-        optim=replace(base.optim, warmup_steps=10),
+        optim=OptimConfig(warmup_steps=10),
         train=replace(base.train, steps=60, batch_size=8, seq_len=32, log_every=1),
         eval=EvalConfig(every=5, batch_size=32),
         checkpoint=replace(base.checkpoint, every=20),
