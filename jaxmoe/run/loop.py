@@ -105,12 +105,12 @@ class Trainer:
     def run(self, state: TrainState) -> Outcome:
         config = self.config
         step, last = int(state.step), config.train.steps
-        saved, pending = step if self.position else -1, None
+        start, pending = step, None
         while True:
             if due(step, config.eval.every) or step == last:
                 pending = self._read(pending)
                 self.evaluate(step, state)
-            if step not in (0, saved) and (due(step, config.checkpoint.every) or step == last):
+            if step != start and (due(step, config.checkpoint.every) or step == last):
                 pending = self._read(pending)
                 self.save(step, state)
             if step == last:
