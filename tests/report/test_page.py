@@ -157,7 +157,8 @@ def test_layer_changes_heat_map_and_band(show: Opener, finished: Path) -> None:
 
 def test_headline_says_the_numbers(show: Opener, finished: Path) -> None:
     text = show(finished).find_element(By.TAG_NAME, "header").text.replace("\u00a0", " ")
-    outcome = json.loads((finished.parent / "forecasts.jsonl").read_text().splitlines()[-1])["loss"]
+    last = json.loads((finished.parent / "forecasts.jsonl").read_text().splitlines()[-1])
+    outcome = last["loss"]["realised"]
     for part in ("ladder-3 base", "Finished at step 2,000", f"{outcome:.3f} nats/token", "1.871"):
         assert part in text
     assert "4.10 M" in text and "3.41 M" in text and "1.84 M" in text

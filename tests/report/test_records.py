@@ -83,7 +83,7 @@ def test_scores(make_run: MakeRun) -> None:
         median = outcome + shift
         spread = {"q05": -0.2, "q25": -0.05, "q75": 0.05, "q95": 0.2}
         forecast["loss"] = {"median": median, **{k: median + v for k, v in spread.items()}}
-        rows = [forecast, {"kind": "outcome", "step": 2000, "loss": outcome}]
+        rows = [forecast, {"kind": "outcome", "step": 2000, "loss": {"realised": outcome}}]
         (run / "forecasts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         one = score(read(run))[0]
         assert (one.inside_50, one.inside_90) == inside
