@@ -1,4 +1,4 @@
-"""Eight emulated CPU devices in this process, and the strict settings that every test runs under."""
+"""Eight emulated CPU devices in this process, and the strict settings all tests run under."""
 
 import os
 import tempfile
