@@ -45,7 +45,6 @@ class Meter:
         now = time.perf_counter()
         if self.first_step_seconds is None:
             self.first_step_seconds = now - self._mark
-            self._busy = 0.0  # of setting up, before any step
         else:
             self._busy += now - self._mark
             self._count += 1

@@ -70,6 +70,8 @@ def rank(process: Popen, number: int) -> int:
 
 
 def kill_rank_1(process: Popen) -> None:
+    """Rank 0 hangs: it will not notice by itself that its peer is gone."""
+    os.kill(rank(process, 0), signal.SIGSTOP)
     os.kill(rank(process, 1), signal.SIGKILL)
 
 
