@@ -81,19 +81,20 @@ def press_ctrl_c(process: Popen) -> None:
 
 @pytest.fixture(scope="module")
 def broken(folder: Path, text_cache: Path) -> Broken:
-    """The whole group is killed, then one rank; then the run is finished. Beside it, Ctrl-C."""
+    """The whole group is killed, and the run finished. Another one, joined and not yet compiled
+    (which takes longest), is ended twice: by the death of a rank, and by Ctrl-C."""
     it = Broken(folder, text_cache)
     run_dir, other = it.run_dir, folder / "other"
     saved = (run_dir / "checkpoints" / "6").exists
     it.end(run_dir, lambda: logged(run_dir) >= 8 and saved(), kill_group)
-    it.end(run_dir, lambda: logged(run_dir) >= 14, kill_rank_1)
     (folder / "stdout").write_text(finish(local(2, run_dir), text_cache))
-    it.end(other, (other / "config.json").exists, press_ctrl_c)
+    it.end(other, lambda: len(events(other, "start")) == 1, kill_rank_1)
+    it.end(other, lambda: len(events(other, "start")) == 2, press_ctrl_c)
     return it
 
 
 def test_losses_equal_one_processs_to_rounding(broken: Broken, straight: Path):
-    """At every step, over three starts, on data=2 x expert=2 x model=2."""
+    """At every step, over two starts, on data=2 x expert=2 x model=2."""
     mine, theirs = metrics(broken.run_dir), metrics(straight)
     assert [row["step"] for row in mine] == list(range(1, 25))
     for name in ("train/nll", "train/loss", "train/lr", "tokens"):
@@ -104,9 +105,8 @@ def test_losses_equal_one_processs_to_rounding(broken: Broken, straight: Path):
 
 def test_two_processes_resume_by_themselves(broken: Broken, straight: Path):
     resumed = [row["step"] for row in events(broken.run_dir, "resume")]
-    assert len(resumed) == 2
+    assert len(resumed) == 1
     assert resumed[0] in (6, 12)
-    assert resumed[-1] in (6, 12, 18)
     last = [lines(run / "evals.jsonl")[-1]["nll"] for run in (broken.run_dir, straight)]
     np.testing.assert_allclose(last[0], last[1], rtol=1e-5)
     assert forecast(["verify", str(broken.run_dir)]) == 0
@@ -115,7 +115,7 @@ def test_two_processes_resume_by_themselves(broken: Broken, straight: Path):
 def test_only_rank_0_writes(broken: Broken, folder: Path):
     """Each line of the record once, and the view on one process's stdout."""
     starts = len(events(broken.run_dir, "start")) + len(events(broken.run_dir, "resume"))
-    assert starts == 3
+    assert starts == 2
     assert len(events(broken.run_dir, "done")) == 1
     shown = (folder / "stdout").read_text()
     assert shown.count("step 24/24") == 1

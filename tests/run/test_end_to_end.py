@@ -14,7 +14,7 @@ from jaxmoe.forecast.__main__ import main as forecast
 
 TINY = f"{ROOT / 'configs' / 'quickstart.py'}:tiny"
 LINE = re.compile(
-    r"step \d+/60  0:\d\d left  [\d,]+ tok/s  MFU \d+%  loss \d+\.\d{3}  held-out \d+\.\d{3} b/B"
+    r"step \d+/60  \d+:\d\d left  [\d,]+ tok/s  MFU \d+%  loss \d+\.\d{3}  held-out \d+\.\d{3} b/B"
     r"(  final forecast \d+\.\d{3} \[\d+\.\d{3}, \d+\.\d{3}\])?  expert load \d\.\d\d\.\.\d+\.\d\d"
 )
 
