@@ -35,27 +35,106 @@ class _Strict:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RopeConfig(_Strict):
+    """Rotary positions, and how their frequencies change beyond the length they were trained on."""
+
+    theta: Annotated[float, Field(gt=0)] = 10_000.0
+    # linear: positions over factor. ntk: theta grown. yarn: arXiv:2309.00071. llama3: Llama 3.1.
+    scaling: Literal["none", "linear", "ntk", "yarn", "llama3"] = "none"
+    factor: Annotated[float, Field(ge=1)] = 1.0  # longest length over original_length
+    original_length: Positive = 8192  # positions trained on before scaling
+    beta_fast: float = 32.0  # yarn: pairs that turn more often than this keep their frequency
+    beta_slow: float = 1.0  # yarn: those that turn less often are fully interpolated
+    truncate: bool = True  # yarn: the two bounds are rounded to whole pairs
+    attention_factor: float | None = None  # yarn: of cos and sin; None: from factor and mscale
+    mscale: float | None = None  # yarn as DeepSeek has it
+    mscale_all_dim: float | None = None
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlaConfig(_Strict):
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1)."""
+
+    q_rank: Natural = 0  # Q, of the queries' latent; 0: queries come from the input directly
+    kv_rank: Positive  # J, of the latent that keys and values come from
+    d_nope: Positive  # I, of a head's query and key without position
+    d_rope: Positive  # W, rotary part; the key's is one for all heads
+    d_value: Positive  # U
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig(_Strict):
+    """Which experts a token goes to, and how they are kept evenly loaded."""
+
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    norm_top_k: bool = True  # the chosen experts' weights add up to one
+    scale: Annotated[float, Field(gt=0)] = 1.0  # of the weights
+    n_groups: Positive = 1  # of experts (DeepSeek-V3, arXiv:2412.19437, section 2.1.2)
+    top_k_groups: Positive = 1  # groups a token may choose from, by the sum of their two best
+    bias: bool = False  # a trained bias on the logits
+    jitter: Fraction = 0.0  # its input times uniform(1 - jitter, 1 + jitter), in training only
+    load_balance_coef: NonNegative = 0.01  # Switch Transformer, section 2.2, eq. 4
+    # What the auxiliary loss averages loads over; microbatch: the rows of one device.
+    load_balance_scope: Literal["sequence", "microbatch", "global"] = "global"
+    # Step of the bias that evens loads out without a loss (arXiv:2408.15664); None: there is none,
+    # 0: it is used as it is.
+    balance_bias_rate: NonNegative | None = None
+    z_coef: NonNegative = 0.001  # ST-MoE, section 3.2, eq. 5
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig(_Strict):
     """Shape of the decoder. Letters are the dims' suffixes in tensor names."""
 
     vocab_size: Positive = 4096  # V
     d_model: Positive = 128  # D
     n_layers: Positive = 4
+    tie_embeddings: bool = False
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-6
+
+    # Attention: n_kv_heads = n_heads is multi-head, 1 multi-query, between them grouped-query
     n_heads: Positive = 4  # N
-    n_kv_heads: Positive = 2  # K, grouped-query attention
+    n_kv_heads: Positive = 2  # K
     d_head: Positive = 32  # H
+    mla: MlaConfig | None = None  # instead of n_kv_heads and d_head
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    qk_norm: Literal["none", "per_head", "full"] = "per_head"  # full: over all heads at once
+    attention_bias: bool = False  # on queries, keys, values and output
+    attention_sinks: bool = False  # a learnt logit a head that takes weight and gives nothing
+    attention_soft_cap: Annotated[float, Field(gt=0)] | None = None  # cap * tanh(score / cap)
+    sliding_window: Positive | None = None  # positions seen, itself included
+    global_every: Natural = 0  # every so many layers one sees all positions; 0: none does
+
+    # Feed-forward: n_experts = 1 is a dense model
     d_ff: Positive = 128  # F, of one expert
     n_experts: Positive = 8  # E
     top_k: Positive = 2
-    rope_theta: Annotated[float, Field(gt=0)] = 10_000.0
-    norm_eps: Annotated[float, Field(gt=0)] = 1e-6
-    qk_norm: bool = True
-    load_balance_coef: NonNegative = 0.01  # Switch Transformer, section 2.2, eq. 4
-    router_z_coef: NonNegative = 0.001  # ST-MoE, section 3.2, eq. 5
+    n_shared_experts: Natural = 0  # of width d_ff, for every token
+    first_dense: Natural = 0  # leading layers without experts
+    moe_every: Positive = 1  # after those, every so many layers the last one has experts
+    d_ff_dense: Natural = 0  # F of layers without experts; 0: d_ff
+    activation: Literal["swiglu", "clamped_swiglu"] = "swiglu"
+    swiglu_limit: Annotated[float, Field(gt=0)] = 7.0  # clamped_swiglu
+    swiglu_alpha: Annotated[float, Field(gt=0)] = 1.702  # clamped_swiglu
+    expert_bias: bool = False
+    router: RouterConfig = field(default_factory=RouterConfig)
+
+    # Loss
+    logit_soft_cap: Annotated[float, Field(gt=0)] | None = None
     z_loss_coef: NonNegative = 0.0001  # PaLM, section 5
+    n_mtp: Natural = 0  # further tokens predicted (DeepSeek-V3, section 2.2)
+    mtp_coef: NonNegative = 0.3  # of their mean loss
+    loss_chunk: Positive = 64  # positions of a sequence whose logits live at one time
+
     dtype: Literal["float32", "bfloat16"] = "float32"  # of compute; parameters rest in float32
     remat: Literal["none", "full"] = "full"
-    loss_chunk: Positive = 64  # positions of a sequence whose logits live at one time
+
+    @property
+    def is_dense(self) -> bool:
+        """One expert needs no router."""
+        return self.n_experts == 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +147,7 @@ class DataConfig(_Strict):
     tokenizer_bytes: Positive = 6_000_000  # text that the BPE merges are learnt from
     max_bytes: Positive = 32_000_000  # of training text, whole documents chosen by hash
     holdout_bytes: Positive = 400_000  # of held-out text, likewise
+    document_mask: bool = False  # attention stays in the document, positions restart in each
     cache: str | None = None  # None: $JAXMOE_CACHE, or ~/.cache/jaxmoe
 
 
@@ -117,6 +197,8 @@ class MeshConfig(_Strict):
 class CheckpointConfig(_Strict):
     every: Positive = 200  # steps
     keep: Positive = 2
+    # Parameters a fresh run starts from: what jaxmoe.convert wrote, or a run's folder.
+    init_from: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,15 +306,15 @@ def diff(a: Config, b: Config) -> list[str]:
 def check(config: Config) -> None:
     """Rules that span fields. Device counts are checked where devices are known (mesh.py)."""
     m, mesh = config.model, config.mesh
-    _require(
-        m.top_k <= m.n_experts, f"model.top_k={m.top_k} is more than model.n_experts={m.n_experts}"
-    )
-    _divides("model.n_kv_heads", m.n_kv_heads, "model.n_heads", m.n_heads)
-    _require(m.d_head % 2 == 0, f"model.d_head={m.d_head} must be even: RoPE turns pairs")
+    _check_attention(m)
+    _check_experts(m)
     _divides("model.loss_chunk", m.loss_chunk, "train.seq_len", config.train.seq_len)
-    _divides("mesh.expert", mesh.expert, "model.n_experts", m.n_experts)
-    for dim in ("n_heads", "n_kv_heads", "d_ff", "vocab_size"):
-        _divides("mesh.model", mesh.model, f"model.{dim}", getattr(m, dim))
+    if not m.is_dense:
+        _divides("mesh.expert", mesh.expert, "model.n_experts", m.n_experts)
+    for dim in ("n_heads", "n_kv_heads", "d_ff", "d_ff_dense", "vocab_size"):
+        # One key/value head is kept by all; d_ff_dense = 0 divides.
+        if dim != "n_kv_heads" or m.n_kv_heads > 1:
+            _divides("mesh.model", mesh.model, f"model.{dim}", getattr(m, dim))
     for axis in ("stage", "context"):
         size = getattr(mesh, axis)
         _require(
@@ -243,6 +325,58 @@ def check(config: Config) -> None:
     _divides("eval.every", config.eval.every, "forecast.first", config.forecast.first)
     if config.data.tokenizer == "bytes":
         _require(m.vocab_size >= 257, f"model.vocab_size={m.vocab_size}: bytes need at least 257")
+
+
+def _check_attention(m: ModelConfig) -> None:
+    _divides("model.n_kv_heads", m.n_kv_heads, "model.n_heads", m.n_heads)
+    if m.mla is None:
+        _require(m.d_head % 2 == 0, f"model.d_head={m.d_head} must be even: RoPE turns pairs")
+    else:
+        width = m.mla.d_rope
+        _require(width % 2 == 0, f"model.mla.d_rope={width} must be even: RoPE turns pairs")
+        _require(
+            m.n_kv_heads == m.n_heads,
+            f"model.n_kv_heads={m.n_kv_heads}: with model.mla every head has its own keys; set it"
+            f" to model.n_heads={m.n_heads}",
+        )
+        for name, plain in (("qk_norm", "none"), ("attention_bias", False)):
+            value = getattr(m, name)
+            _require(value == plain, f"model.{name}={value}: with model.mla it must be {plain}")
+    _require(
+        m.global_every == 0 or m.sliding_window is not None,
+        f"model.global_every={m.global_every} needs model.sliding_window for the other layers",
+    )
+    scaled = m.rope.scaling != "none"
+    _require(
+        scaled or m.rope.factor == 1,
+        f"model.rope.factor={m.rope.factor} needs model.rope.scaling: linear, ntk, yarn or llama3",
+    )
+
+
+def _check_experts(m: ModelConfig) -> None:
+    e, r = m.n_experts, m.router
+    _require(m.top_k <= e, f"model.top_k={m.top_k} is more than model.n_experts={e}")
+    _require(
+        m.first_dense < m.n_layers or m.is_dense,
+        f"model.first_dense={m.first_dense} leaves none of model.n_layers={m.n_layers} experts;"
+        " a dense model has model.n_experts=1",
+    )
+    _divides("model.router.n_groups", r.n_groups, "model.n_experts", e)
+    _require(
+        r.top_k_groups <= r.n_groups,
+        f"model.router.top_k_groups={r.top_k_groups} is more than"
+        f" model.router.n_groups={r.n_groups}",
+    )
+    size = e // r.n_groups
+    _require(
+        r.n_groups == 1 or size >= 2,
+        f"model.router.n_groups={r.n_groups} leaves {size} expert a group: it needs two",
+    )
+    _require(
+        m.top_k <= r.top_k_groups * size,
+        f"model.top_k={m.top_k} is more than the {r.top_k_groups * size} experts of"
+        f" model.router.top_k_groups={r.top_k_groups} groups",
+    )
 
 
 def _require(holds: bool, message: str) -> None:
@@ -303,7 +437,7 @@ def _explain(error: Any) -> str:
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         node: Any = dataclasses.asdict(Config())
         for part in path[:-1]:
-            node = node.get(part, {})
+            node = node.get(part) or {}
         return f"unknown config key {key!r}{_nearest(path[-1], list(node))}"
     return f"{key}={error['input']!r}: {error['msg']}"
 

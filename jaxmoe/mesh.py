@@ -37,8 +37,12 @@ STORE: dict[str, MeshAxes] = {
     "vocab": ("model",),
     "embed": ("data", "expert"),
     "expert_embed": ("data",),
+    "out_embed": (),  # of a matrix whose other dim is `embed`
     "heads": ("model",),
+    "one_head": (),  # multi-query: the only key/value head is kept by all
     "head": (),
+    "latent": (),  # of MLA, where it is made
+    "latent_in": ("data", "expert"),  # and where it is used
     "ff": ("model",),
     "experts": ("expert",),
     "norm": (),
@@ -46,7 +50,7 @@ STORE: dict[str, MeshAxes] = {
 }
 
 # How a layer uses them: FSDP's axes are gathered, tensor and expert axes stay.
-COMPUTE: dict[str, MeshAxes] = {**STORE, "embed": (), "expert_embed": ()}
+COMPUTE: dict[str, MeshAxes] = {**STORE, "embed": (), "expert_embed": (), "latent_in": ()}
 
 Rules = dict[str, MeshAxes]
 

@@ -52,8 +52,9 @@ class Spec:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it mixes features, so that weight decay and Muon apply (embeddings do not)."""
-        return len([a for a in self.axes if a not in BATCH_AXES]) >= 2 and "vocab" not in self.axes
+        """Whether it mixes features, so that weight decay and Muon apply (norms, biases and
+        embeddings do not)."""
+        return bool(self.inputs) and "vocab" not in self.axes
 
 
 def is_spec(x: Any) -> bool:

@@ -5,7 +5,7 @@ is taken while the logits are at hand, in the forward pass: the backward pass on
 nothing is computed twice.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +21,21 @@ class LossSums:
     `total` carries the gradient; the others are for reading.
     """
 
-    total: Array  # nll + z_coef * z, weighted; nats
+    total: Array  # nll + options.z_coef * z, weighted; nats
     nll: Array  # weighted; nats
     z: Array  # logsumexp^2, weighted
     weight: Array
 
 
 def cross_entropy(
-    x_BLD: Array, head_DV: Array, targets_BL: Array, weights_BL: Array, *, chunk: int, z_coef: float
+    x_BLD: Array,
+    head_DV: Array,
+    targets_BL: Array,
+    weights_BL: Array,
+    *,
+    chunk: int,
+    z_coef: float,
+    soft_cap: float | None = None,
 ) -> LossSums:
     """Sums of -log softmax(x @ head)[target] and of the z-loss (PaLM, arXiv:2204.02311, sec. 5).
 
@@ -39,37 +46,53 @@ def cross_entropy(
         weights_BL: float32; 0 leaves a position out.
         chunk: positions of each sequence handled at a time; divides L.
         z_coef: weight of the z-loss.
+        soft_cap: logits become cap * tanh(logit / cap) (Gemma 2, arXiv:2408.00118).
     """
-    total, (nll, z) = _sums(x_BLD, head_DV, targets_BL, weights_BL, chunk, z_coef)
+    options = _Options(chunk, z_coef, soft_cap)
+    total, (nll, z) = _sums(x_BLD, head_DV, targets_BL, weights_BL, options)
     return LossSums(total=total, nll=nll, z=z, weight=weights_BL.sum())
 
 
+def soft_capped(logits: Array, cap: float | None) -> Array:
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+class _Options(NamedTuple):
+    chunk: int
+    z_coef: float
+    soft_cap: float | None
+
+
 def _plain_sums(
-    x_BLD: Array, head_DV: Array, targets_BL: Array, weights_BL: Array, chunk: int, z_coef: float
+    x_BLD: Array, head_DV: Array, targets_BL: Array, weights_BL: Array, options: _Options
 ) -> tuple[Array, tuple[Array, Array]]:
     def step(carry: Any, inputs: Any) -> tuple[Any, None]:
         x, targets, weights = inputs
-        nll, z, _ = _chunk_sums(x, head_DV, targets, weights)
+        nll, z, _ = _chunk_sums(x, head_DV, targets, weights, options.soft_cap)
         return (carry[0] + nll, carry[1] + z), None
 
     (nll, z), _ = jax.lax.scan(
-        step, (jnp.float32(0), jnp.float32(0)), _chunks(chunk, x_BLD, targets_BL, weights_BL)
+        step, (jnp.float32(0), jnp.float32(0)), _chunks(options.chunk, x_BLD, targets_BL, weights_BL)
     )
-    return nll + z_coef * z, (nll, z)
+    return nll + options.z_coef * z, (nll, z)
 
 
 def _forward(
-    x_BLD: Array, head_DV: Array, targets_BL: Array, weights_BL: Array, chunk: int, z_coef: float
+    x_BLD: Array, head_DV: Array, targets_BL: Array, weights_BL: Array, options: _Options
 ) -> tuple[Any, Any]:
     def step(carry: Any, inputs: Any) -> tuple[Any, Array]:
         nll_sum, z_sum, dhead_DV = carry
         x_BlD, targets_Bl, weights_Bl = inputs
-        nll, z, (logits_BlV, lse_Bl) = _chunk_sums(x_BlD, head_DV, targets_Bl, weights_Bl)
+        nll, z, (logits_BlV, lse_Bl) = _chunk_sums(
+            x_BlD, head_DV, targets_Bl, weights_Bl, options.soft_cap
+        )
         # d/dlogit of nll is p - onehot(target); of z_coef * lse^2, 2 * z_coef * lse * p.
         p_BlV = jnp.exp(logits_BlV - lse_Bl[..., None])
-        scaled_BlV = p_BlV * (1 + 2 * z_coef * lse_Bl)[..., None]
+        scaled_BlV = p_BlV * (1 + 2 * options.z_coef * lse_Bl)[..., None]
         hit_BlV = _is_target(targets_Bl, logits_BlV)
         dlogits_BlV = (scaled_BlV - hit_BlV) * weights_Bl[..., None]
+        if options.soft_cap is not None:  # d tanh = 1 - tanh^2
+            dlogits_BlV *= 1 - (logits_BlV / options.soft_cap) ** 2
         dlogits_BlV = dlogits_BlV.astype(x_BlD.dtype)
         dx_BlD = jnp.einsum(
             "BlV,DV->BlD", dlogits_BlV, head_DV, out_sharding=jax.typeof(x_BlD).sharding
@@ -85,13 +108,13 @@ def _forward(
 
     zero = (jnp.float32(0), jnp.float32(0), jnp.zeros_like(head_DV, dtype=jnp.float32))
     (nll, z, dhead_DV), dx_nBlD = jax.lax.scan(
-        step, zero, _chunks(chunk, x_BLD, targets_BL, weights_BL)
+        step, zero, _chunks(options.chunk, x_BLD, targets_BL, weights_BL)
     )
     dx_BLD = jnp.moveaxis(dx_nBlD, 0, 1).reshape(x_BLD.shape)
-    return (nll + z_coef * z, (nll, z)), (dx_BLD, dhead_DV.astype(head_DV.dtype))
+    return (nll + options.z_coef * z, (nll, z)), (dx_BLD, dhead_DV.astype(head_DV.dtype))
 
 
-def _backward(chunk: int, z_coef: float, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
+def _backward(_: _Options, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
     dx_BLD, dhead_DV = residuals
     scale = cotangents[0]  # of `total`; nll and z are for reading and carry no gradient
     return (
@@ -102,7 +125,7 @@ def _backward(chunk: int, z_coef: float, residuals: Any, cotangents: Any) -> tup
     )
 
 
-_sums: Any = jax.custom_vjp(_plain_sums, nondiff_argnums=(4, 5))
+_sums: Any = jax.custom_vjp(_plain_sums, nondiff_argnums=(4,))
 _sums.defvjp(_forward, _backward)
 
 
@@ -117,9 +140,10 @@ def _chunks(chunk: int, *arrays: Array) -> tuple[Array, ...]:
 
 
 def _chunk_sums(
-    x_BlD: Array, head_DV: Array, targets_Bl: Array, weights_Bl: Array
+    x_BlD: Array, head_DV: Array, targets_Bl: Array, weights_Bl: Array, soft_cap: float | None
 ) -> tuple[Array, Array, tuple[Array, Array]]:
     logits_BlV = jnp.einsum("BlD,DV->BlV", x_BlD, head_DV, preferred_element_type=jnp.float32)
+    logits_BlV = soft_capped(logits_BlV, soft_cap)
     lse_Bl = jax.nn.logsumexp(logits_BlV, axis=-1)
     # A masked sum, since V may be sharded and a sharded dim cannot be indexed.
     target_Bl = jnp.where(_is_target(targets_Bl, logits_BlV), logits_BlV, 0).sum(-1)

@@ -1,4 +1,4 @@
-"""The language model: embedding, a scan over equal layers, final norm, and the loss."""
+"""The language model: embedding, layers, final norm, head; the loss; multi-token prediction."""
 
 import dataclasses
 from functools import partial
@@ -10,103 +10,192 @@ from flax import struct
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.kernels.cross_entropy import LossSums, cross_entropy
+from jaxmoe.kernels.cross_entropy import LossSums, cross_entropy, soft_capped
 from jaxmoe.mesh import BATCH, gather
-from jaxmoe.model.attention import Attention, attention, attention_specs
-from jaxmoe.model.moe import Moe, RouterStats, moe, moe_specs
+from jaxmoe.model.attention import Places
 from jaxmoe.model.norm import rms_norm, rms_norm_specs
-from jaxmoe.spec import Spec, stack
+from jaxmoe.model.router import RouterStats, balanced
+from jaxmoe.model.stack import (
+    Kind,
+    Layer,
+    Stats,
+    in_order,
+    layer_specs,
+    layers_specs,
+    run_layer,
+    run_layers,
+)
+from jaxmoe.spec import Spec
 
 Array = jax.Array
 
 
 @struct.dataclass
-class Layer:
-    attention_norm_D: Any
-    attention: Attention
-    moe_norm_D: Any
-    moe: Moe
+class Mtp:
+    """Predicts one token further (DeepSeek-V3, arXiv:2412.19437, section 2.2); embedding and head
+    are the main model's."""
+
+    embed_norm_D: Any
+    hidden_norm_D: Any
+    wembed_DD: Any
+    whidden_DD: Any
+    layer: Layer
+    final_norm_D: Any
 
 
 @struct.dataclass
 class Lm:
     embed_VD: Any
-    layers: Layer  # stacked on a leading dim R
+    layers: Any  # by segment and layer of its period, stacked on a leading dim R (stack.py)
     final_norm_D: Any
-    head_DV: Any
+    head_DV: Any  # None where the embedding is tied to it
+    mtp: tuple[Mtp, ...]
 
 
-def layer_specs(cfg: ModelConfig) -> Layer:
-    return Layer(
-        attention_norm_D=rms_norm_specs(cfg.d_model),
-        attention=attention_specs(cfg),
-        moe_norm_D=rms_norm_specs(cfg.d_model),
-        moe=moe_specs(cfg),
-    )
+@struct.dataclass
+class LmStats:
+    """Beside the loss."""
+
+    router: RouterStats | None  # of all layers with experts, on a leading dim X; None without
+    mtp_nll: Array  # [n_mtp], nats per token
+    by_segment: Stats  # the same as `router`, as the parameters are stacked; MTP modules last
 
 
 def lm_specs(cfg: ModelConfig) -> Lm:
     v, d = cfg.vocab_size, cfg.d_model
+    # Rows are looked up, not multiplied: unit variance enters the residual stream. Tied to the head
+    # they are multiplied too, and are drawn as the head is.
+    gain = d**-0.5 if cfg.tie_embeddings else 1.0
+    head = Spec(shape=(d, v), axes=("embed", "vocab"), inputs=("embed",))
     return Lm(
-        # Rows are looked up, not multiplied: unit variance enters the residual stream.
-        embed_VD=Spec(shape=(v, d), axes=("vocab", "embed"), inputs=()),
-        layers=stack(layer_specs(cfg), cfg.n_layers),
+        embed_VD=Spec(shape=(v, d), axes=("vocab", "embed"), inputs=(), gain=gain),
+        layers=layers_specs(cfg),
         final_norm_D=rms_norm_specs(d),
-        head_DV=Spec(shape=(d, v), axes=("embed", "vocab"), inputs=("embed",)),
+        head_DV=None if cfg.tie_embeddings else head,
+        mtp=tuple(_mtp_specs(cfg) for _ in range(cfg.n_mtp)),
     )
 
 
 def lm_loss(
-    params: Lm, tokens_BL: Array, targets_BL: Array, weights_BL: Array, cfg: ModelConfig
-) -> tuple[LossSums, RouterStats]:
-    """Loss sums over the weighted positions, and router stats of every layer (leading dim R).
+    params: Lm,
+    tokens_BL: Array,
+    targets_BL: Array,
+    weights_BL: Array,
+    cfg: ModelConfig,
+    documents_BL: Array | None = None,
+    key: Array | None = None,
+) -> tuple[LossSums, LmStats]:
+    """Loss sums over the weighted positions, and what the routers did.
 
     `LossSums.total` has the auxiliary losses in it, per weighted token, so that total / weight is
-    what the optimiser minimises.
+    what the optimiser minimises; `nll` is of the next token alone.
+
+    Args:
+        documents_BL: int32, rising in a row; attention stays in a document and its positions start
+            at zero; 0 is padding. None: each row is one document.
+        key: for the router's jitter; None: there is none (evaluation).
     """
-    x_BLD, stats = hidden(params, tokens_BL, cfg)
-    head_DV = gather(params.head_DV, lm_specs(cfg).head_DV, jnp.dtype(cfg.dtype))
-    with jax.named_scope("loss"):
-        sums = cross_entropy(
-            x_BLD, head_DV, targets_BL, weights_BL, chunk=cfg.loss_chunk, z_coef=cfg.z_loss_coef
+    places = make_places(tokens_BL, documents_BL)
+    x_BLD, by_segment = hidden(params, tokens_BL, places, cfg, key)
+    head_DV = _head(params, cfg)
+
+    def loss(x_BLD: Array, targets_BL: Array, weights_BL: Array) -> LossSums:
+        return cross_entropy(
+            x_BLD,
+            head_DV,
+            targets_BL,
+            weights_BL,
+            chunk=cfg.loss_chunk,
+            z_coef=cfg.z_loss_coef,
+            soft_cap=cfg.logit_soft_cap,
         )
-    auxiliary = (
-        cfg.load_balance_coef * stats.load_balance.sum() + cfg.router_z_coef * stats.router_z.sum()
-    )
-    total = sums.total + auxiliary * sums.weight
+
+    with jax.named_scope("loss"):
+        sums = loss(x_BLD, targets_BL, weights_BL)
+    total, nlls = sums.total, []
+    for k, module in enumerate(params.mtp, start=1):
+        with jax.named_scope("mtp"):
+            # From token i + k on, in the document of token i.
+            ahead_BL = _ahead(targets_BL, k - 1)
+            x_BLD, stats = _mtp(module, params, x_BLD, ahead_BL, places, cfg)
+            weights = _ahead(weights_BL, k) * _same_document(places, k)
+            further = loss(x_BLD, _ahead(targets_BL, k), weights)
+        by_segment = (*by_segment, (jax.tree.map(lambda a: a[None], stats),))
+        per_token = jnp.maximum(further.weight, 1e-6)
+        total += cfg.mtp_coef / cfg.n_mtp * further.total / per_token * sums.weight
+        nlls.append(further.nll / per_token)
+    router = in_order(by_segment)
+    if router is not None:
+        balance, z = cfg.router.load_balance_coef, cfg.router.z_coef
+        auxiliary = balance * router.load_balance.sum() + z * router.router_z.sum()
+        total += auxiliary * sums.weight
+    mtp_nll = jnp.stack(nlls) if nlls else jnp.zeros(0, jnp.float32)
+    stats = LmStats(router=router, mtp_nll=mtp_nll, by_segment=by_segment)
     return dataclasses.replace(sums, total=total), stats
 
 
-def hidden(params: Lm, tokens_BL: Array, cfg: ModelConfig) -> tuple[Array, RouterStats]:
-    """Final normalised hidden states x_BLD in the compute dtype, and router stats by layer."""
-    dtype = jnp.dtype(cfg.dtype)
-    specs = lm_specs(cfg)
-    embed_VD = gather(params.embed_VD, specs.embed_VD, dtype)
-    with jax.named_scope("embed"):
-        x_BLD = look_up(embed_VD, tokens_BL)
-    body = partial(_layer, cfg=cfg, specs=layer_specs(cfg), dtype=dtype)
-    x_BLD, stats = jax.lax.scan(body, x_BLD, params.layers)
+def hidden(
+    params: Lm, tokens_BL: Array, places: Places, cfg: ModelConfig, key: Array | None = None
+) -> tuple[Array, Stats]:
+    """Final normalised hidden states x_BLD in the compute dtype, and router stats by segment."""
+    x_BLD = _embed(params, tokens_BL, cfg)
+    x_BLD, stats = run_layers(params.layers, x_BLD, places, cfg, key)
     return rms_norm(params.final_norm_D, x_BLD, cfg.norm_eps), stats
 
 
-def _layer(
-    x_BLD: Array, params: Layer, *, cfg: ModelConfig, specs: Layer, dtype: jnp.dtype
-) -> tuple[Array, RouterStats]:
-    attend = partial(_attention_block, cfg=cfg, specs=specs, dtype=dtype)
-    if cfg.remat == "full":
-        attend = jax.checkpoint(attend)
-    x_BLD = x_BLD + attend(x_BLD, params)
-    # The experts keep only their inputs by themselves (moe.py), so they need no checkpoint.
-    h_BLD = rms_norm(params.moe_norm_D, x_BLD, cfg.norm_eps)
-    y_BLD, stats = moe(gather(params.moe, specs.moe, dtype), h_BLD, cfg)
-    return x_BLD + y_BLD, stats
-
-
-def _attention_block(
-    x_BLD: Array, params: Layer, *, cfg: ModelConfig, specs: Layer, dtype: jnp.dtype
+def lm_logits(
+    params: Lm, tokens_BL: Array, cfg: ModelConfig, documents_BL: Array | None = None
 ) -> Array:
-    h_BLD = rms_norm(params.attention_norm_D, x_BLD, cfg.norm_eps)
-    return attention(gather(params.attention, specs.attention, dtype), h_BLD, cfg)
+    """float32 logits_BLV of the next token; all of them at one time, so for short texts only."""
+    x_BLD, _ = hidden(params, tokens_BL, make_places(tokens_BL, documents_BL), cfg)
+    return _logits(params, x_BLD, cfg)
+
+
+def mtp_logits(params: Lm, tokens_BL: Array, cfg: ModelConfig) -> list[Array]:
+    """Of each MTP module k: float32 [B, L - k, V], at i of token i + k + 1."""
+    places = make_places(tokens_BL, None)
+    x_BLD, _ = hidden(params, tokens_BL, places, cfg)
+    found = []
+    for k, module in enumerate(params.mtp, start=1):
+        x_BLD, _ = _mtp(module, params, x_BLD, _ahead(tokens_BL, k), places, cfg)
+        found.append(_logits(params, x_BLD, cfg)[:, :-k])
+    return found
+
+
+def move_balance_bias(params: Lm, stats: LmStats, cfg: ModelConfig) -> Lm:
+    """Parameters after the step's loads have moved the bias of each router, where there is one."""
+    rate = cfg.router.balance_bias_rate
+    if not rate:
+        return params
+
+    def one(layer: Layer, of_layer: RouterStats | None) -> Layer:
+        if of_layer is None:
+            return layer
+        router = balanced(layer.ffn.router, of_layer.load_E, rate)
+        return layer.replace(ffn=layer.ffn.replace(router=router))
+
+    n = len(params.layers)
+    layers = tuple(
+        tuple(one(*pair) for pair in zip(layers, of_segment, strict=True))
+        for layers, of_segment in zip(params.layers, stats.by_segment[:n], strict=True)
+    )
+    modules = tuple(
+        module.replace(layer=one(module.layer, jax.tree.map(lambda a: a[0], of_module)))
+        for module, (of_module,) in zip(params.mtp, stats.by_segment[n:], strict=True)
+    )
+    return params.replace(layers=layers, mtp=modules)
+
+
+def make_places(tokens_BL: Array, documents_BL: Array | None) -> Places:
+    """Positions from 0 in each row, or in each document of it."""
+    steps_1L = jnp.arange(tokens_BL.shape[1], dtype=jnp.int32)[None]
+    if documents_BL is None:
+        return Places(positions_bL=steps_1L)
+    starts_BL = jnp.concatenate(
+        [jnp.ones_like(documents_BL[:, :1]), jnp.diff(documents_BL, axis=1)], axis=1
+    )
+    first_BL = jax.lax.cummax(jnp.where(starts_BL != 0, steps_1L, 0), axis=1)
+    return Places(positions_bL=steps_1L - first_BL, documents_BL=documents_BL)
 
 
 def look_up(embed_VD: Array, tokens_BL: Array) -> Array:
@@ -122,3 +211,74 @@ def look_up(embed_VD: Array, tokens_BL: Array) -> Array:
     return jax.shard_map(
         local, in_specs=(P("model", None), P(BATCH, None)), out_specs=P(BATCH, None, None)
     )(embed_VD, tokens_BL)
+
+
+def _embed(params: Lm, tokens_BL: Array, cfg: ModelConfig) -> Array:
+    embed_VD = gather(params.embed_VD, lm_specs(cfg).embed_VD, jnp.dtype(cfg.dtype))
+    with jax.named_scope("embed"):
+        return look_up(embed_VD, tokens_BL)
+
+
+def _head(params: Lm, cfg: ModelConfig) -> Array:
+    specs, dtype = lm_specs(cfg), jnp.dtype(cfg.dtype)
+    if cfg.tie_embeddings:
+        return gather(params.embed_VD, specs.embed_VD, dtype).T
+    return gather(params.head_DV, specs.head_DV, dtype)
+
+
+def _logits(params: Lm, x_BLD: Array, cfg: ModelConfig) -> Array:
+    logits_BLV = jnp.einsum(
+        "BLD,DV->BLV", x_BLD, _head(params, cfg), preferred_element_type=jnp.float32
+    )
+    return soft_capped(logits_BLV, cfg.logit_soft_cap)
+
+
+# Multi-token prediction
+
+
+def _mtp_kind(cfg: ModelConfig) -> Kind:
+    return Kind(moe=not cfg.is_dense, window=cfg.sliding_window)
+
+
+def _mtp_specs(cfg: ModelConfig) -> Mtp:
+    d = cfg.d_model
+    norm = rms_norm_specs(d)
+    # Both parts of one [2 D, D] matrix: fan-in is half of what is added up.
+    half = Spec(shape=(d, d), axes=("embed", "out_embed"), inputs=("embed",), gain=0.5**0.5)
+    return Mtp(
+        embed_norm_D=norm,
+        hidden_norm_D=norm,
+        wembed_DD=half,
+        whidden_DD=half,
+        layer=layer_specs(cfg, _mtp_kind(cfg)),
+        final_norm_D=norm,
+    )
+
+
+def _mtp(
+    module: Mtp, params: Lm, x_BLD: Array, ahead_BL: Array, places: Places, cfg: ModelConfig
+) -> tuple[Array, RouterStats | None]:
+    """Normalised hidden states one token further: from those before and the tokens ahead."""
+    specs, dtype = _mtp_specs(cfg), jnp.dtype(cfg.dtype)
+    norm = partial(rms_norm, eps=cfg.norm_eps)
+    e_BLD = norm(module.embed_norm_D, _embed(params, ahead_BL, cfg))
+    h_BLD = norm(module.hidden_norm_D, x_BLD)
+    wembed_DD = gather(module.wembed_DD, specs.wembed_DD, dtype)
+    whidden_DD = gather(module.whidden_DD, specs.whidden_DD, dtype)
+    x_BLD = jnp.einsum("BLD,DX->BLX", e_BLD, wembed_DD)
+    x_BLD += jnp.einsum("BLD,DX->BLX", h_BLD, whidden_DD)
+    x_BLD, stats = run_layer(module.layer, x_BLD, places, cfg, _mtp_kind(cfg))
+    return norm(module.final_norm_D, x_BLD), stats
+
+
+def _ahead(a_BL: Array, k: int) -> Array:
+    """What stands k positions later in the row; zeros at its end."""
+    if k == 0:
+        return a_BL
+    return jnp.concatenate([a_BL[:, k:], jnp.zeros_like(a_BL[:, :k])], axis=1)
+
+
+def _same_document(places: Places, k: int) -> Array | float:
+    if places.documents_BL is None:
+        return 1.0
+    return (_ahead(places.documents_BL, k) == places.documents_BL).astype(jnp.float32)

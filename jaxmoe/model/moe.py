@@ -1,4 +1,4 @@
-"""Mixture-of-experts feed-forward: top-k router, dropless dispatch, SwiGLU experts.
+"""Mixture-of-experts feed-forward: top-k router, dropless dispatch, gated and shared experts.
 
 In a step the rows of a shard go to slots [E, C, D], by all-to-all over the `expert` axis to the
 devices that hold the experts, through the experts as batched matmuls, and back. C is picked at run
@@ -19,6 +19,9 @@ from jax.sharding import PartitionSpec as P
 from jaxmoe.config import ModelConfig
 from jaxmoe.kernels import dispatch
 from jaxmoe.mesh import BATCH
+from jaxmoe.model.ffn import activate, ffn, ffn_specs
+from jaxmoe.model.remat import rematerialised
+from jaxmoe.model.router import Router, RouterStats, route, router_specs
 from jaxmoe.spec import Spec
 
 Array = jax.Array
@@ -30,27 +33,33 @@ CAPACITY_FACTORS = (1.25, 1.5, 2.0)
 
 
 @struct.dataclass
-class Moe:
-    router_DE: Any
+class Experts:
+    """Biases are None where the config has none."""
+
     wgate_EDF: Any
     wup_EDF: Any
     wdown_EFD: Any
+    bgate_EF: Any
+    bup_EF: Any
+    bdown_ED: Any
 
 
 @struct.dataclass
-class RouterStats:
-    """What the router did to a batch, of one layer; reduced over the whole global batch."""
-
-    load_E: Array  # share of the rows that went to each expert, times E: 1 is balanced
-    load_balance: Array  # auxiliary loss, 1 is balanced
-    router_z: Array  # mean of logsumexp^2 of the router's logits
+class Moe:
+    router: Router
+    experts: Experts
+    shared: Any  # an Ffn that all tokens go through; None without
 
 
 def moe_specs(cfg: ModelConfig) -> Moe:
     d, e, f = cfg.d_model, cfg.n_experts, cfg.d_ff
     into = Spec(shape=(e, d, f), axes=("experts", "expert_embed", "ff"), inputs=("expert_embed",))
-    return Moe(
-        router_DE=Spec(shape=(d, e), axes=("embed", "router"), inputs=("embed",), cast=False),
+
+    def bias(width: int, axis: str) -> Spec | None:
+        spec = Spec(shape=(e, width), axes=("experts", axis), init="zeros")
+        return spec if cfg.expert_bias else None
+
+    experts = Experts(
         wgate_EDF=into,
         wup_EDF=into,
         wdown_EFD=Spec(
@@ -59,51 +68,46 @@ def moe_specs(cfg: ModelConfig) -> Moe:
             inputs=("ff",),
             gain=1 / math.sqrt(2 * cfg.n_layers),
         ),
+        bgate_EF=bias(f, "ff"),
+        bup_EF=bias(f, "ff"),
+        bdown_ED=bias(d, "norm"),
     )
+    shared = ffn_specs(cfg, cfg.n_shared_experts * f) if cfg.n_shared_experts else None
+    return Moe(router=router_specs(cfg), experts=experts, shared=shared)
 
 
-def moe(params: Moe, x_BLD: Array, cfg: ModelConfig) -> tuple[Array, RouterStats]:
+def moe(
+    params: Moe,
+    x_BLD: Array,
+    cfg: ModelConfig,
+    valid_BL: Array | None = None,
+    key: Array | None = None,
+) -> tuple[Array, RouterStats]:
     """The block's output and what the router did. Parameters as gathered for compute."""
     with jax.named_scope("router"):
-        weights_BLA, ids_BLA, stats = route(params.router_DE, x_BLD, cfg)
+        weights_BLA, ids_BLA, stats = route(params.router, x_BLD, cfg, valid_BL, key)
     with jax.named_scope("experts"):
-        y_BLD = _experts(
-            cfg, x_BLD, weights_BLA, ids_BLA, (params.wgate_EDF, params.wup_EDF, params.wdown_EFD)
-        )
+        y_BLD = _experts(cfg, x_BLD, weights_BLA, ids_BLA, params.experts)
+    if params.shared is not None:
+        with jax.named_scope("shared_experts"):
+            y_BLD += rematerialised(partial(ffn, cfg=cfg), cfg)(params.shared, x_BLD)
     return y_BLD, stats
 
 
-def route(router_DE: Array, x_BLD: Array, cfg: ModelConfig) -> tuple[Array, Array, RouterStats]:
-    """Softmax router in float32; the weights of the top k are normalised to add up to one.
-
-    Returns:
-        weights_BLA float32, ids_BLA int32, and the stats. The load-balance loss is that of Switch
-        Transformer (arXiv:2101.03961, eq. 4) over the global batch; the z-loss that of ST-MoE
-        (arXiv:2202.08906, eq. 5).
-    """
-    logits_BLE = jnp.einsum("BLD,DE->BLE", x_BLD.astype(jnp.float32), router_DE)
-    probs_BLE = jax.nn.softmax(logits_BLE, axis=-1)
-    top_BLA, ids_BLA = jax.lax.top_k(probs_BLE, cfg.top_k)
-    weights_BLA = top_BLA / top_BLA.sum(-1, keepdims=True)
-    chosen_BLE = jax.nn.one_hot(ids_BLA, cfg.n_experts, dtype=jnp.float32).sum(-2)
-    load_E = chosen_BLE.mean((0, 1)) * (cfg.n_experts / cfg.top_k)
-    stats = RouterStats(
-        load_E=load_E,
-        load_balance=(load_E * probs_BLE.mean((0, 1))).sum(),
-        router_z=(jax.nn.logsumexp(logits_BLE, axis=-1) ** 2).mean(),
-    )
-    return weights_BLA, ids_BLA.astype(jnp.int32), stats
-
-
-Weights = tuple[Array, Array, Array]  # gate_EDF, up_EDF, down_EFD
-
 _ROWS = P(BATCH, None, None)
 _IN = P("expert", None, "model")
-_WEIGHTS = (_IN, _IN, P("expert", "model", None))
+_WEIGHTS = Experts(
+    wgate_EDF=_IN,
+    wup_EDF=_IN,
+    wdown_EFD=P("expert", "model", None),
+    bgate_EF=P("expert", "model"),
+    bup_EF=P("expert", "model"),
+    bdown_ED=P("expert", None),
+)
 
 
 def _apply_experts(
-    cfg: ModelConfig, x_BLD: Array, weights_BLA: Array, ids_BLA: Array, w: Weights
+    cfg: ModelConfig, x_BLD: Array, weights_BLA: Array, ids_BLA: Array, w: Experts
 ) -> Array:
     """sum_a weight_a * expert_a(x) for every token."""
     mapped: Any = jax.shard_map(
@@ -115,7 +119,7 @@ def _apply_experts(
 
 
 def _experts_fwd(
-    cfg: ModelConfig, x_BLD: Array, weights_BLA: Array, ids_BLA: Array, w: Weights
+    cfg: ModelConfig, x_BLD: Array, weights_BLA: Array, ids_BLA: Array, w: Experts
 ) -> tuple[Array, Any]:
     return _apply_experts(cfg, x_BLD, weights_BLA, ids_BLA, w), (x_BLD, weights_BLA, ids_BLA, w)
 
@@ -135,7 +139,7 @@ _experts.defvjp(_experts_fwd, _experts_bwd)
 
 
 def _switch(
-    cfg: ModelConfig, run: Any, x_blD: Array, weights: Array, ids: Array, w: Weights, ct: Any
+    cfg: ModelConfig, run: Any, x_blD: Array, weights: Array, ids: Array, w: Experts, ct: Any
 ) -> Any:
     """Runs the branch whose capacity suffices for the largest load of any shard."""
     x_tD = x_blD.reshape(-1, x_blD.shape[-1])
@@ -162,11 +166,11 @@ def _forward_at(
     x_blD: Array,
     weights_tA: Array,
     ids_tA: Array,
-    w: Weights,
+    w: Experts,
     _: Any,
 ) -> Array:
     plan = dispatch.make_plan(ids_tA, cfg.n_experts, capacity)
-    return _run(capacity, x_blD, weights_tA, w, plan)
+    return _run(cfg, capacity, x_blD, weights_tA, w, plan)
 
 
 def _backward_at(
@@ -175,33 +179,51 @@ def _backward_at(
     x_blD: Array,
     weights_tA: Array,
     ids_tA: Array,
-    w: Weights,
+    w: Experts,
     dy_blD: Array,
 ) -> Any:
     plan = dispatch.make_plan(ids_tA, cfg.n_experts, capacity)
-    _, pull = jax.vjp(lambda x, u, v: _run(capacity, x, u, v, plan), x_blD, weights_tA, w)
+    _, pull = jax.vjp(lambda x, u, v: _run(cfg, capacity, x, u, v, plan), x_blD, weights_tA, w)
     dx_blD, dweights_tA, dw = pull(dy_blD)
     return dx_blD, dweights_tA.reshape(*x_blD.shape[:2], -1), dw
 
 
-def _run(capacity: int, x_blD: Array, weights_tA: Array, w: Weights, plan: dispatch.Plan) -> Array:
+def _run(
+    cfg: ModelConfig,
+    capacity: int,
+    x_blD: Array,
+    weights_tA: Array,
+    w: Experts,
+    plan: dispatch.Plan,
+) -> Array:
     """One shard's tokens through all experts, its own and those of its `expert` peers."""
-    gate_eDf, up_eDf, down_efD = w
     # The same on all `model` shards, each of which gives a part of the gradient: the transpose of
     # the cast adds them up.
     x_blD, weights_tA = jax.lax.pcast((x_blD, weights_tA), "model", to="varying")
     x_tD = x_blD.reshape(-1, x_blD.shape[-1])
     x_SD = dispatch.to_slots(x_tD, plan)
-    x_erD = _to_experts(x_SD, len(gate_eDf), capacity)
-    hidden_erf = jax.nn.silu(jnp.einsum("erD,eDf->erf", x_erD, gate_eDf)) * jnp.einsum(
-        "erD,eDf->erf", x_erD, up_eDf
-    )
-    y_erD = jnp.einsum("erf,efD->erD", hidden_erf, down_efD)
+    x_erD = _to_experts(x_SD, len(w.wgate_EDF), capacity)
+    y_erD = _ffn(x_erD, w, cfg)
     y_SD = _from_experts(y_erD, capacity)
     y_tD = dispatch.from_slots(y_SD, weights_tA, plan)
     # Each `model` shard has summed over its part of F only. Added after the combine, so that a
     # token's row moves once instead of once a choice.
     return jax.lax.psum(y_tD, "model").reshape(x_blD.shape)
+
+
+def _ffn(x_erD: Array, w: Experts, cfg: ModelConfig) -> Array:
+    """Each expert on its rows; this `model` shard's part of the sum over F."""
+    gate_erf = jnp.einsum("erD,eDf->erf", x_erD, w.wgate_EDF)
+    up_erf = jnp.einsum("erD,eDf->erf", x_erD, w.wup_EDF)
+    if w.bgate_EF is not None:
+        gate_erf += w.bgate_EF[:, None]
+        up_erf += w.bup_EF[:, None]
+    y_erD = jnp.einsum("erf,efD->erD", activate(gate_erf, up_erf, cfg), w.wdown_EFD)
+    if w.bdown_ED is not None:
+        # Once, though all `model` shards have it and are added up.
+        first = jax.lax.axis_index("model") == 0
+        y_erD += jnp.where(first, w.bdown_ED, 0)[:, None]
+    return y_erD
 
 
 def _to_experts(x_SD: Array, e: int, capacity: int) -> Array:

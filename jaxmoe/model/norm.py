@@ -13,7 +13,9 @@ def rms_norm_specs(width: int) -> Spec:
 
 
 def rms_norm(scale: Array, x: Array, eps: float) -> Array:
-    """x / rms(x) * scale over the last dim; float32 inside, the dtype of x outside."""
+    """x / rms(x) * scale over the dims of `scale`, the last ones; float32 inside, the dtype of x
+    outside."""
     x32 = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return (x32 * inverse * jnp.expand_dims(scale, tuple(range(x.ndim - 1)))).astype(x.dtype)
+    dims = tuple(range(x.ndim - scale.ndim, x.ndim))
+    inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=dims, keepdims=True) + eps)
+    return (x32 * inverse * jnp.expand_dims(scale, tuple(range(dims[0])))).astype(x.dtype)
