@@ -1,0 +1,94 @@
+"""Writes a folder of parameters (run/params.py), slice by slice.
+
+The arrays are laid out as orbax does without OCDBT, with its metadata beside them, so that orbax
+reads them too; they are written by tensorstore itself, because orbax wants whole arrays, and one
+of ours holds a matrix of all layers and experts.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore
+
+from jaxmoe import tree
+from jaxmoe.run.params import ARRAYS, CONFIG
+from jaxmoe.spec import BATCH_AXES, Spec, is_spec
+
+CHUNK = 1 << 24  # values, at most: 64 MB in float32
+# Of orbax's key_type: a position in a sequence, and a key of a mapping.
+SEQUENCE, MAPPING = 1, 2
+
+
+class Store:
+    """Arrays of a tree of Specs, being written. `dtypes` by leaf name; a folder must not exist."""
+
+    def __init__(self, folder: Path, specs: Any, dtypes: dict[str, np.dtype]) -> None:
+        self._folder = folder
+        (folder / ARRAYS).mkdir(parents=True)
+        leaves = dict(tree.named_leaves(specs, is_leaf=is_spec))
+        self._arrays = {name: self._create(name, s, dtypes[name]) for name, s in leaves.items()}
+        _write_metadata(folder / ARRAYS, list(leaves))
+
+    def _create(self, name: str, spec: Spec, dtype: np.dtype) -> Any:
+        path = self._folder / ARRAYS / name.replace("/", ".")
+        return tensorstore.open(
+            {
+                "driver": "zarr",
+                "kvstore": f"file://{path}/",
+                "metadata": {
+                    "shape": list(spec.shape),
+                    "chunks": _chunks(spec),
+                    "dtype": "bfloat16" if dtype.name == "bfloat16" else dtype.str,
+                    "compressor": None,  # weights hardly shrink
+                },
+            },
+            create=True,
+            open=True,
+        ).result()
+
+    def write(self, name: str, index: tuple[Any, ...], value: np.ndarray) -> None:
+        array = self._arrays[name]
+        # By rows of the first dim: what is on its way is a copy of this much.
+        rows = max(1, CHUNK // max(1, value[:1].size)) if value.ndim else 1
+        for start in range(0, len(value), rows):
+            part = value[start : start + rows].astype(array.dtype.numpy_dtype)
+            array[index][start : start + len(part)].write(part).result()
+
+    def read(self, name: str, index: tuple[Any, ...]) -> np.ndarray:
+        return self._arrays[name][index].read().result()
+
+    def finish(self, about: dict[str, Any]) -> None:
+        (self._folder / CONFIG).write_text(json.dumps(about, indent=2) + "\n")
+
+
+def _chunks(spec: Spec) -> list[int]:
+    """A layer and an expert each by themselves; large matrices by rows."""
+    chunks = [1 if a in BATCH_AXES else n for a, n in zip(spec.axes, spec.shape, strict=True)]
+    for dim, axis in enumerate(spec.axes):
+        if axis not in BATCH_AXES:
+            chunks[dim] = max(1, min(chunks[dim], CHUNK // math.prod(chunks[dim + 1 :])))
+    return chunks
+
+
+def _write_metadata(folder: Path, names: list[str]) -> None:
+    """What orbax's PyTreeCheckpointer looks for (version 0.12)."""
+
+    def entry(name: str) -> dict[str, Any]:
+        keys = [
+            {"key": key, "key_type": SEQUENCE if key.isdigit() else MAPPING}
+            for key in name.split("/")
+        ]
+        value = {"value_type": "np.ndarray", "skip_deserialize": False}
+        return {"key_metadata": keys, "value_metadata": value}
+
+    metadata = {
+        "tree_metadata": {str(tuple(name.split("/"))): entry(name) for name in names},
+        "use_ocdbt": False,
+        "use_zarr3": False,
+        "store_array_data_equal_to_fill_value": True,
+        "custom_metadata": None,
+    }
+    (folder / "_METADATA").write_text(json.dumps(metadata))

@@ -1,0 +1,259 @@
+"""Moves tensors between a Hugging Face folder and a folder of parameters, one at a time."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxmoe import config as config_lib
+from jaxmoe import tree
+from jaxmoe.convert import families, safetensors
+from jaxmoe.convert.links import Link, links
+from jaxmoe.convert.quantised import Source, unpacked
+from jaxmoe.convert.store import Store
+from jaxmoe.errors import UserError
+from jaxmoe.model.lm import lm_specs
+from jaxmoe.run.params import CONFIG, FORMAT, TOKENIZER, Params, open_params
+from jaxmoe.spec import is_spec
+
+Progress = Callable[[str, int, int], None]  # name of a tensor, bytes done, bytes in all
+
+DTYPES = {"float32": np.dtype("<f4"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+# What a tokenizer may consist of, and what generation reads.
+CARRIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+SLAB = 1 << 24  # values of ours read at one time
+SHARD = 4 << 30  # bytes of a safetensors file
+
+
+def from_hf(folder: Path, to: Path, progress: Progress) -> dict[str, Any]:
+    """A folder as `save_pretrained` or the hub has it -> a folder of parameters.
+
+    Returns:
+        What the new config.json says.
+
+    Raises:
+        UserError: a tensor is missing, unknown or has another shape; an architecture or feature
+            that is not ours; `to` exists. Nothing is written then.
+    """
+    hf = _read_json(folder / CONFIG)
+    family, cfg = families.from_hf(hf)
+    sources = unpacked(safetensors.tensors(folder))
+    wanted = links(cfg, family.layout)
+    _compare(folder, wanted, sources)
+    wanted = [k for k in wanted if k.name in sources]
+    part = _begin(to)
+    try:
+        specs = lm_specs(cfg)
+        store = Store(part, specs, _dtypes(wanted, sources))
+        total = sum(_bytes(k.shape, sources[k.name].dtype) for k in wanted)
+        done = 0
+        for link in wanted:
+            _bring(link, sources[link.name], store, folder)
+            done += _bytes(link.shape, sources[link.name].dtype)
+            progress(link.name, done, total)
+        _carry(folder, part / TOKENIZER)
+        about = {
+            "format": FORMAT,
+            "model": config_lib.as_dict(cfg),
+            "hf": hf,
+            "source": {"folder": folder.name, "model_type": family.model_type},
+        }
+        store.finish(about)
+        os.replace(part, to)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    return about
+
+
+def to_hf(where: Path, to: Path, dtype: str | None, progress: Progress, shard: int = SHARD) -> Any:
+    """A folder of parameters, a run or one of its checkpoints -> a folder that transformers loads.
+
+    Args:
+        dtype: of the tensors; None: as they are stored.
+        shard: bytes of a file at most, unless one tensor is larger.
+
+    Returns:
+        The new config.json.
+    """
+    params = open_params(where)
+    family, hf = families.to_hf(params.model)
+    wanted = [k for k in links(params.model, family.layout) if not k.copy]
+    _check_shapes(params)
+    types = [DTYPES[dtype] if dtype else _stored(k, params) for k in wanted]
+    entries = [(k.name, t, k.shape) for k, t in zip(wanted, types, strict=True)]
+    plans, index = safetensors.plan_files(entries, shard)
+    of_name = {k.name: k for k in wanted}
+    part = _begin(to)
+    try:
+        part.mkdir(parents=True)
+        total, done = sum(_bytes(shape, t) for _, t, shape in entries), 0
+        for plan in plans:
+            with safetensors.Writer(part, plan) as writer:
+                for name, t, shape in plan.entries:
+                    writer.write(name, _gathered(of_name[name], t, params))
+                    done += _bytes(shape, t)
+                    progress(name, done, total)
+        if index is not None:
+            (part / safetensors.INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        written = {**params.about.get("hf", {}), **hf, "dtype": types[0].name}
+        if params.seq_len is not None:
+            written["max_position_embeddings"] = params.seq_len
+        _write_tokenizer(params, part, written)
+        (part / CONFIG).write_text(json.dumps(written, indent=2) + "\n")
+        os.replace(part, to)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    return written
+
+
+# In
+
+
+def _compare(folder: Path, wanted: list[Link], sources: dict[str, Source]) -> None:
+    """Names every kind of disagreement, with a few examples of each."""
+    names = {k.name for k in wanted}
+    missing = [k.name for k in wanted if not k.copy and k.name not in sources]
+    # Written by some old versions of transformers; computed, not learnt.
+    extra = [n for n in sources if n not in names and not n.endswith("rotary_emb.inv_freq")]
+    shapes = [
+        f"{k.name} is {_text(sources[k.name].shape)}, not {_text(k.shape)}"
+        for k in wanted
+        if k.name in sources and sources[k.name].shape != k.shape
+    ]
+    problems = []
+    for what, found in (("missing", missing), ("unknown", extra), ("misshapen", shapes)):
+        if found:
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            problems.append(f"{len(found)} {what}: {', '.join(found[:3])}{more}")
+    if problems:
+        raise UserError(f"{folder}: tensors do not fit its config.json; {'; '.join(problems)}")
+
+
+def _dtypes(wanted: list[Link], sources: dict[str, Source]) -> dict[str, np.dtype]:
+    """Of each leaf of ours: as the tensors it is made of; float32 where they differ."""
+    found: dict[str, set[np.dtype]] = {}
+    for link in wanted:
+        # The cells of an array without memory tell which leaves a link fills.
+        blank = np.broadcast_to(np.float32(0), link.shape)
+        for leaf, _, _ in link.cells(blank):
+            found.setdefault(leaf, set()).add(sources[link.name].dtype)
+    kept = set(DTYPES.values())
+    return {
+        leaf: next(iter(types)) if len(types) == 1 and types <= kept else DTYPES["float32"]
+        for leaf, types in found.items()
+    }
+
+
+def _bring(link: Link, source: Source, store: Store, folder: Path) -> None:
+    value = source.read()
+    for leaf, index, view in link.cells(value):
+        if not link.copy:
+            store.write(leaf, index, view)
+        elif not np.array_equal(store.read(leaf, index), view):
+            raise UserError(
+                f"{folder}: {link.name} should repeat {leaf} of the main model, and differs from it"
+            )
+
+
+# Out
+
+
+def _check_shapes(params: Params) -> None:
+    for name, spec in tree.named_leaves(lm_specs(params.model), is_leaf=is_spec):
+        shape = tuple(params.array(name).shape)
+        if shape != spec.shape:
+            raise UserError(
+                f"{params.where}: parameter {name} has the shape {shape}, not {spec.shape}"
+            )
+
+
+def _stored(link: Link, params: Params) -> np.dtype:
+    blank = np.broadcast_to(np.float32(0), link.shape)
+    types = {params.array(leaf).dtype.numpy_dtype for leaf, _, _ in link.cells(blank)}
+    return types.pop() if len(types) == 1 else DTYPES["float32"]
+
+
+def _gathered(link: Link, dtype: np.dtype, params: Params) -> np.ndarray:
+    value = np.empty(link.shape, dtype)
+    for leaf, index, view in link.cells(value):
+        # By rows of the first dim, so that little is held twice.
+        array = params.array(leaf)[index]
+        rows = max(1, SLAB // max(1, view[:1].size))
+        for start in range(0, len(view), rows):
+            stop = min(start + rows, len(view))
+            view[start:stop] = array[start:stop].read().result()
+    return value
+
+
+def _write_tokenizer(params: Params, to: Path, hf: dict[str, Any]) -> None:
+    """The files that came along; or those of a run's own BPE, as transformers wants them."""
+    source = params.tokenizer
+    if source is None:
+        return
+    if source.is_dir():
+        _carry(source, to)
+        return
+    tokenizer = json.loads(source.read_text())
+    if tokenizer.get("kind") == "bytes":  # transformers has no such tokenizer
+        return
+    shutil.copyfile(source, to / "tokenizer.json")
+    special = [t for t in tokenizer.get("added_tokens", []) if t.get("special")]
+    end = special[0] if special else None
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": params.seq_len}
+    if end is not None:
+        about["eos_token"] = end["content"]
+        hf["eos_token_id"] = hf["bos_token_id"] = end["id"]
+    (to / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+# Both
+
+
+def _begin(to: Path) -> Path:
+    """The name that `to` has until it is whole."""
+    if to.exists():
+        raise UserError(f"--to {to}: it exists already; give another folder or remove it")
+    if not to.absolute().parent.is_dir():
+        raise UserError(f"--to {to}: there is no folder {to.absolute().parent}")
+    part = to.with_name(f"{to.name}.part-{os.getpid()}")
+    return part
+
+
+def _carry(source: Path, to: Path) -> None:
+    for name in CARRIED:
+        if (source / name).is_file():
+            to.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, to / name)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: {error}") from error
+
+
+def _bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    return dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+
+
+def _text(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))

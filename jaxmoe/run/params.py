@@ -1,0 +1,145 @@
+"""Parameters alone, read slice by slice: of a run's checkpoint, or as `jaxmoe.convert` wrote them.
+
+A folder of parameters is `config.json` ({"format", "model", ...}) beside `params/`, where each leaf
+of the Specs is a zarr array named by its path with dots, as orbax lays out a checkpoint without
+OCDBT. A run's checkpoint has the same arrays in OCDBT. Both are read through tensorstore, so a
+process reads the slices that its devices hold, and nothing else.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tensorstore
+
+from jaxmoe import config as config_lib
+from jaxmoe import tree
+from jaxmoe.config import ModelConfig
+from jaxmoe.errors import UserError
+from jaxmoe.run import record, seal
+from jaxmoe.run.checkpoint import ITEMS
+
+FORMAT = "jaxmoe-params-1"
+CONFIG, ARRAYS, TOKENIZER = "config.json", "params", "tokenizer"
+
+
+class Params:
+    """Arrays by leaf name.
+
+    Attributes:
+        model: their shape.
+        about: what else the folder's config.json says (for a run: nothing).
+        tokenizer: folder or file of the tokenizer that belongs to them; None if there is none.
+        seq_len: of the run they come from; None if they do not.
+    """
+
+    def __init__(
+        self, model: ModelConfig, kvstore: str | dict[str, Any], about: dict[str, Any], where: Path
+    ) -> None:
+        self.model, self.about, self.where = model, about, where
+        self.tokenizer: Path | None = None
+        self.seq_len: int | None = None
+        self._kvstore = kvstore
+        self._open: dict[str, Any] = {}
+
+    def array(self, name: str) -> Any:
+        """The leaf as a tensorstore: it has shape and dtype, and is read by indexing.
+
+        Raises:
+            UserError: there is no such leaf.
+        """
+        if name not in self._open:
+            spec = {"driver": "zarr", "kvstore": self._path(name.replace("/", ".") + "/")}
+            try:
+                self._open[name] = tensorstore.open(spec, read=True, open=True).result()
+            except ValueError as error:
+                raise UserError(f"{self.where}: parameter {name} is missing") from error
+        return self._open[name]
+
+    def read(self, name: str, index: Any = ()) -> np.ndarray:
+        return self.array(name)[index].read().result()
+
+    def load(self, abstract: Any) -> Any:
+        """The whole tree as float32 arrays on the shardings of `abstract`, a tree of
+        ShapeDtypeStruct.
+
+        Raises:
+            UserError: a leaf is missing or has another shape.
+        """
+        for name, leaf in tree.named_leaves(abstract):
+            shape = tuple(self.array(name).shape)
+            if shape != leaf.shape:
+                raise UserError(
+                    f"{self.where}: parameter {name} has the shape {shape}, and model.* asks for"
+                    f" {leaf.shape}"
+                )
+
+        def one(name: str, leaf: Any) -> jax.Array:
+            def shard(index: Any) -> np.ndarray:
+                return self.read(name, index).astype(np.float32)
+
+            return jax.make_array_from_callback(leaf.shape, leaf.sharding, shard)
+
+        return tree.map_named(one, abstract)
+
+    def _path(self, tail: str) -> Any:
+        if isinstance(self._kvstore, dict):
+            return {**self._kvstore, "path": tail}
+        return self._kvstore + tail
+
+
+def open_params(where: Path) -> Params:
+    """A folder of parameters, a run's folder (its newest whole checkpoint), or one checkpoint of a
+    run.
+
+    Raises:
+        UserError: it is none of them, or no checkpoint is whole.
+    """
+    where = where.absolute()
+    if (where / record.CHECKPOINTS).is_dir():
+        return _of_run(where, _newest(where / record.CHECKPOINTS))
+    if where.parent.name == record.CHECKPOINTS and where.name.isdigit() and where.is_dir():
+        return _of_run(where.parents[1], where)
+    try:
+        about = json.loads((where / CONFIG).read_text())
+        if about.get("format") != FORMAT:
+            raise ValueError(f"its format is {about.get('format')!r}, not {FORMAT!r}")
+        model = config_lib.model_from_dict(about["model"])
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{where}: no parameters here ({error}); give a folder that jaxmoe.convert wrote, or a"
+            " run's"
+        ) from error
+    params = Params(model, f"file://{where / ARRAYS}/", about, where)
+    tokenizer = where / TOKENIZER
+    params.tokenizer = tokenizer if tokenizer.is_dir() else None
+    return params
+
+
+def _of_run(run_dir: Path, checkpoint: Path) -> Params:
+    config = record.read_config(run_dir)
+    base = f"file://{checkpoint / 'state'}/"
+    kvstore = {"driver": "ocdbt", "base": base}
+    params = _OfRun(config.model, kvstore, {}, checkpoint)
+    params.seq_len = config.train.seq_len
+    tokenizer = run_dir / record.TOKENIZER
+    params.tokenizer = tokenizer if tokenizer.is_file() else None
+    return params
+
+
+class _OfRun(Params):
+    def _path(self, tail: str) -> Any:
+        return super()._path("params." + tail)
+
+
+def _newest(folder: Path) -> Path:
+    steps = sorted((int(f.name) for f in folder.iterdir() if f.name.isdigit()), reverse=True)
+    reasons = []
+    for step in steps:
+        reason = seal.problem(folder / str(step), ITEMS)
+        if reason is None:
+            return folder / str(step)
+        reasons.append(f"{step}: {reason}")
+    raise UserError(f"{folder}: no whole checkpoint ({'; '.join(reasons) or 'it is empty'})")
