@@ -1,11 +1,11 @@
-# make train | test | lint | lock | clean.  PYTHON chooses the interpreter (3.11 or newer).
+# make train | test | test-parity | lint | lock | clean.  PYTHON chooses the interpreter (3.11 or newer).
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 PYTEST_ARGS ?=
 
-.PHONY: train test lint format lock clean
+.PHONY: train test test-parity lint format lock clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/installed
@@ -13,6 +13,10 @@ train: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Against transformers on torch's CPU side: about 2 GB to install, minutes to run.
+test-parity: $(VENV)/installed-parity
+	$(BIN)/python -m pytest -m parity -s tests/parity $(PYTEST_ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -30,6 +34,10 @@ $(VENV)/installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+$(VENV)/installed-parity: $(VENV)/installed pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[parity]'
 	touch $@
 
 # One lock for all: versions with markers, no host names. uv comes from the package index.

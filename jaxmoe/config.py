@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -274,7 +274,8 @@ def apply_sets(config: Config, sets: Sequence[str]) -> Config:
             raise UserError(
                 f"--set {item}: {key} is a group; set one of {', '.join(node[path[-1]])}"
             )
-        node[path[-1]] = _literal(text.strip())
+        word = text.strip()
+        node[path[-1]] = word if word in _choices(key) else _literal(word)
     return from_json(json.dumps(tree))
 
 
@@ -286,7 +287,12 @@ def from_json(text: str) -> Config:
         raise UserError("; ".join(map(_explain, error.errors()))) from None
 
 
-def as_dict(config: Config) -> dict[str, Any]:
+def model_from_dict(values: dict[str, Any]) -> ModelConfig:
+    """The `model` part alone, checked like the whole."""
+    return from_json(json.dumps({"model": values})).model
+
+
+def as_dict(config: Any) -> dict[str, Any]:
     """Plain JSON values: what `from_json` reads back."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
@@ -415,6 +421,16 @@ def _literal(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
+
+
+def _choices(key: str) -> tuple[Any, ...]:
+    """The words a field may be, of which "none" is one for some; () for other fields."""
+    found: Any = Config
+    for part in key.strip().split("."):
+        if not dataclasses.is_dataclass(found):
+            return ()
+        found = {f.name: f.type for f in dataclasses.fields(found)}.get(part)
+    return get_args(found) if get_origin(found) is Literal else ()
 
 
 def _child(node: Any, part: str, key: str) -> Any:

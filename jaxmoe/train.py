@@ -25,6 +25,7 @@ from jaxmoe.model.lm import lm_specs
 from jaxmoe.optim import relative_path
 from jaxmoe.run import platform, record
 from jaxmoe.run.loop import Outcome, Trainer
+from jaxmoe.run.params import open_params
 from jaxmoe.run.progress import Display, clock, display
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,6 +68,8 @@ def run(config: Config, run_dir: Path, resume: str) -> int:
     mesh_lib.shardings(lm_specs(config.model), mesh)
     mesh_lib.check_batch(mesh, "train.batch_size", config.train.batch_size)
     mesh_lib.check_batch(mesh, "eval.batch_size", config.eval.batch_size)
+    if config.checkpoint.init_from is not None:
+        open_params(Path(config.checkpoint.init_from)).check(lm_specs(config.model))
     writes = jax.process_index() == 0
     if (result := record.finished(run_dir)) is not None:
         if writes:
@@ -145,6 +148,7 @@ def _describe(config: Config, trainer: Trainer, peak: float, view: Display) -> N
     """What this run is, to the record and to the person."""
     corpus, counted = trainer.corpus, cost(config.model, config.train.seq_len)
     held_out = corpus.heldout
+    trainer.record.text(record.TOKENIZER, corpus.tokenizer.json)
     trainer.record.write(
         record.SCHEDULE,
         {

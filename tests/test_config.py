@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from jaxmoe.config import (
     EvalConfig,
     ForecastConfig,
     MeshConfig,
+    MlaConfig,
     ModelConfig,
     OptimConfig,
+    RopeConfig,
+    RouterConfig,
     TrainConfig,
     apply_sets,
     as_dict,
@@ -39,12 +43,58 @@ MODEL = ModelConfig(
     d_ff=14,
     n_experts=9,
     top_k=4,
-    rope_theta=500.0,
-    qk_norm=False,
+    tie_embeddings=True,
+    norm_eps=1e-3,
+    rope=RopeConfig(
+        theta=500.0,
+        scaling="yarn",
+        factor=3.0,
+        original_length=100,
+        beta_fast=9.0,
+        beta_slow=2.0,
+        truncate=False,
+        attention_factor=1.5,
+        mscale=0.7,
+        mscale_all_dim=0.6,
+        low_freq_factor=1.1,
+        high_freq_factor=3.9,
+    ),
+    qk_norm="full",
+    attention_bias=True,
+    attention_sinks=True,
+    attention_soft_cap=30.0,
+    sliding_window=5,
+    global_every=2,
+    n_shared_experts=1,
+    first_dense=1,
+    moe_every=2,
+    d_ff_dense=28,
+    activation="clamped_swiglu",
+    swiglu_limit=6.0,
+    swiglu_alpha=1.5,
+    expert_bias=True,
+    router=RouterConfig(
+        score="sigmoid",
+        norm_top_k=False,
+        scale=2.5,
+        n_groups=3,
+        top_k_groups=2,
+        bias=True,
+        jitter=0.25,
+        load_balance_coef=0.5,
+        load_balance_scope="sequence",
+        balance_bias_rate=0.125,
+        z_coef=0.25,
+    ),
+    logit_soft_cap=20.0,
+    z_loss_coef=0.5,
+    n_mtp=2,
+    mtp_coef=0.25,
     dtype="bfloat16",
     remat="none",
     loss_chunk=8,
 )
+MLA = MlaConfig(q_rank=4, kv_rank=6, d_nope=10, d_rope=8, d_value=12)
 CONFIG = Config(
     name="made up",
     seed=7,
@@ -62,8 +112,29 @@ def with_model(**fields: Any) -> Config:
     return replace(CONFIG, model=replace(MODEL, **fields))
 
 
+def with_router(**fields: Any) -> Config:
+    return with_model(router=replace(MODEL.router, **fields))
+
+
+def with_mla(mla: MlaConfig = MLA, **fields: Any) -> Config:
+    plain = {"mla": mla, "qk_norm": "none", "attention_bias": False, "n_kv_heads": 12}
+    return with_model(**{**plain, **fields})
+
+
+def leaves(tree: Any, *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, *path, key)
+        else:
+            yield (*path, key), value
+
+
 def test_json_round_trip() -> None:
-    assert from_json(json.dumps(as_dict(CONFIG))) == CONFIG
+    for config in (CONFIG, with_mla()):
+        assert from_json(json.dumps(as_dict(config))) == config
+    ours, default = (dict(leaves(as_dict(c)["model"])) for c in (CONFIG, Config()))
+    same = {path for path, value in ours.items() if default[path] == value}
+    assert same == {("mla",)}, "a field that is lost on the way would not show"
     assert from_json("{}") == Config()
     assert from_json('{"model": {"top_k": 1}}').model == ModelConfig(top_k=1)
     assert CONFIG.tokens_per_step == 144
@@ -90,14 +161,14 @@ def test_fingerprint_depends_on_values_only() -> None:
 
     assert fingerprint(from_json(json.dumps(shuffled(as_dict(CONFIG))))) == fingerprint(CONFIG)
     assert fingerprint(ForecastConfig(first=200, every=100)) == "be16ee768989"
-    groups = [f.name for f in dataclasses.fields(Config) if f.name not in ("name", "seed")]
-    leaves = [(group, leaf) for group in groups for leaf in as_dict(CONFIG)[group]]
-    seen = {fingerprint(CONFIG), fingerprint(replace(CONFIG, seed=8))}
-    for group, leaf in leaves:
-        part: Any = getattr(CONFIG, group)
-        other: Any = replace(part, **{leaf: "another value"})
-        seen.add(fingerprint(replace(CONFIG, **{group: other})))
-    assert len(seen) == 2 + len(leaves) and len(leaves) > 40
+
+    def changed(node: Any, path: tuple[str, ...]) -> Any:
+        part = changed(getattr(node, path[0]), path[1:]) if path[1:] else "another value"
+        return replace(node, **{path[0]: part})
+
+    paths = [path for path, _ in leaves(as_dict(with_mla()))]
+    seen = {fingerprint(with_mla()), *(fingerprint(changed(with_mla(), path)) for path in paths)}
+    assert len(seen) == 1 + len(paths) and len(paths) > 80
 
 
 def test_replace_makes_a_variant_and_diff_names_it() -> None:
@@ -109,11 +180,25 @@ def test_replace_makes_a_variant_and_diff_names_it() -> None:
 
 def test_sets() -> None:
     sets = ["model.d_ff=77", "name=new name", "data.path=None", "optim.lr=1e-3"]
-    sets += ["model.qk_norm=true", "data.holdout=['p', 'q']", "data.cache=/a=b", "model.d_ff=78"]
+    sets += [
+        "model.qk_norm=none",
+        "model.rope.theta=7",
+        "model.router.jitter=0.5",
+        "model.mla=None",
+    ]
+    sets += ["train.log_every=9", "model.logit_soft_cap=null", "model.sliding_window=3"]
+    sets += ["data.holdout=['p', 'q']", "data.cache=/a=b", "model.d_ff=78"]
     got = apply_sets(CONFIG, sets)
     assert (got.model.d_ff, got.name, got.data.path, got.optim.lr) == (78, "new name", None, 1e-3)
-    assert got.model.qk_norm is True and got.data.holdout == ("p", "q") and got.data.cache == "/a=b"
+    assert (
+        got.model.qk_norm == "none" and got.data.holdout == ("p", "q") and got.data.cache == "/a=b"
+    )
+    assert (got.model.rope.theta, got.model.router.jitter, got.model.mla) == (7, 0.5, None)
+    assert (got.model.logit_soft_cap, got.model.sliding_window) == (None, 3)
+    assert got.model.rope.factor == 3 and got.model.router.n_groups == 3  # their neighbours stay
     assert apply_sets(CONFIG, []) == CONFIG
+    mla = apply_sets(Config(), ["model.mla={'kv_rank': 3, 'd_nope': 4, 'd_rope': 2, 'd_value': 5}"])
+    assert mla.model.mla == MlaConfig(kv_rank=3, d_nope=4, d_rope=2, d_value=5)
 
 
 @pytest.mark.parametrize(
@@ -133,6 +218,18 @@ def test_sets() -> None:
         ("seed=-1", ["seed=-1"]),
         ("mesh.data=-2", ["mesh.data=-2"]),
         ("model.dtype=float16", ["model.dtype='float16'", "bfloat16"]),
+        ("model.qk_norm=true", ["model.qk_norm=True", "per_head"]),
+        ("model.rope.scaling=yran", ["model.rope.scaling='yran'", "yarn"]),
+        ("model.rope.factor=0.5", ["model.rope.factor=0.5", "greater than or equal to 1"]),
+        ("model.rope.thta=3", ["unknown config key 'model.rope.thta'", "did you mean 'theta'"]),
+        ("model.rope=3", ["model.rope is a group", "theta"]),
+        ("model.router.score=tanh", ["model.router.score='tanh'", "sigmoid"]),
+        ("model.router.jitter=1.5", ["model.router.jitter=1.5", "less than or equal to 1"]),
+        ("model.router.load_balance_scope=all", ["load_balance_scope='all'", "'microbatch'"]),
+        ("model.router.balance_bias_rate=-1", ["balance_bias_rate=-1", "greater than or equal to"]),
+        ("model.sliding_window=0", ["model.sliding_window=0", "greater than 0"]),
+        ("model.logit_soft_cap=0", ["model.logit_soft_cap=0", "greater than 0"]),
+        ("model.mla={'kv_rank': 3}", ["model.mla.d_nope"]),
         ("optim.name=sgd", ["optim.name='sgd'", "muon"]),
     ],
 )
@@ -160,13 +257,39 @@ def test_unknown_json_key_names_the_nearest() -> None:
         (with_model(n_kv_heads=8), r"n_kv_heads=8 does not divide model\.n_heads=12"),
         (with_model(d_head=9), r"model\.d_head=9 must be even"),
         (with_model(loss_chunk=7), r"model\.loss_chunk=7 does not divide train\.seq_len=24"),
-        (with_model(n_experts=8), r"mesh\.expert=3 does not divide model\.n_experts=8"),
+        (
+            replace(CONFIG, mesh=MeshConfig(expert=2)),
+            r"mesh\.expert=2 does not divide model\.n_experts=9",
+        ),
         (with_model(d_ff=15), r"mesh\.model=2 does not divide model\.d_ff=15"),
         (with_model(vocab_size=265), r"mesh\.model=2 does not divide model\.vocab_size=265"),
         (with_model(n_kv_heads=3), r"mesh\.model=2 does not divide model\.n_kv_heads=3"),
         (
             with_model(n_kv_heads=1, n_heads=9),
             r"mesh\.model=2 does not divide model\.n_heads=9",
+        ),
+        (with_model(d_ff_dense=27), r"mesh\.model=2 does not divide model\.d_ff_dense=27"),
+        # Attention
+        (with_mla(replace(MLA, d_rope=7)), r"model\.mla\.d_rope=7 must be even"),
+        (
+            with_mla(n_kv_heads=6),
+            r"n_kv_heads=6: with model\.mla every head .* model\.n_heads=12",
+        ),
+        (with_mla(qk_norm="full"), r"model\.qk_norm=full: with model\.mla it must be none"),
+        (with_mla(attention_bias=True), r"attention_bias=True: with model\.mla it must be False"),
+        (with_model(sliding_window=None), r"global_every=2 needs model\.sliding_window"),
+        (
+            with_model(rope=RopeConfig(factor=2.0)),
+            r"model\.rope\.factor=2\.0 needs model\.rope\.scaling: .*llama3",
+        ),
+        # Experts
+        (with_model(first_dense=3), r"first_dense=3 leaves none of model\.n_layers=3 experts"),
+        (with_router(n_groups=4), r"router\.n_groups=4 does not divide model\.n_experts=9"),
+        (with_router(top_k_groups=4), r"router\.top_k_groups=4 is more than model\.router\.n_gr"),
+        (with_router(n_groups=9), r"router\.n_groups=9 leaves 1 expert a group: it needs two"),
+        (
+            with_router(top_k_groups=1),
+            r"model\.top_k=4 is more than the 3 experts of model\.router\.top_k_groups=1 groups",
         ),
         (replace(CONFIG, mesh=MeshConfig(stage=2)), r"mesh\.stage=2.*not built yet"),
         (replace(CONFIG, mesh=MeshConfig(context=2)), r"mesh\.context=2.*not built yet"),
@@ -178,8 +301,21 @@ def test_unknown_json_key_names_the_nearest() -> None:
 )
 def test_rules_that_span_fields(config: Config, message: str) -> None:
     check(CONFIG)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         check(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_the_rules_allow() -> None:
+    """Each next to one that is refused above."""
+    check(with_mla())
+    check(with_model(n_kv_heads=1))  # multi-query: the one head is on every `model` shard
+    check(with_model(d_ff_dense=0))
+    check(with_model(sliding_window=None, global_every=0))
+    check(with_model(rope=RopeConfig(scaling="linear", factor=2.0)))
+    check(with_model(first_dense=2, moe_every=1))
+    check(with_model(n_experts=1, top_k=1, first_dense=3, router=RouterConfig()))  # dense
+    check(with_router(n_groups=1, top_k_groups=1))
 
 
 def test_load(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_partition() -> None:
     assert mesh_lib.partition(specs.head_DV, STORE) == P(("data", "expert"), "model")
     assert mesh_lib.partition(specs.head_DV, COMPUTE) == P(None, "model")
     assert mesh_lib.partition(specs.embed_VD, STORE) == P("model", ("data", "expert"))
-    gate = specs.layers.moe.wgate_EDF
+    gate = specs.layers[0][0].ffn.experts.wgate_EDF
     assert mesh_lib.partition(gate, STORE) == P(None, "expert", "data", "model")
     assert mesh_lib.partition(gate, COMPUTE) == P(None, "expert", None, "model")
 
@@ -94,8 +94,8 @@ def test_partition() -> None:
     [
         ({"data": 5}, 5, ["embed_VD", "embed dim of 24", "data=5 x expert=1"]),
         ({"data": 4, "expert": 4}, 16, ["embed_VD", "data=4 x expert=4"]),
-        ({"expert": 3, "data": 1}, 3, ["layers/moe/wgate_EDF", "experts dim of 16", "expert=3"]),
-        ({"model": 7, "data": 1}, 7, ["layers/attention/wq_DNH", "heads dim of 10", "model=7"]),
+        ({"expert": 3, "data": 1}, 3, ["layers/0/0/ffn/experts/wgate_EDF", "experts dim of 16", "expert=3"]),
+        ({"model": 7, "data": 1}, 7, ["layers/0/0/attention/wq_DNH", "heads dim of 10", "model=7"]),
     ],
 )
 def test_a_dim_that_does_not_divide_names_the_parameter(

@@ -123,7 +123,7 @@ def test_decay_is_of_matrices_only(name: Any) -> None:
             decayed.add(path.split("/")[-1])
             assert_close(u, -0.1 * 0.3 * np.asarray(p), name=path)
     attention = {"wq_DNH", "wk_DKH", "wv_DKH", "wo_NHD"}
-    assert decayed == attention | {"wgate_EDF", "wup_EDF", "wdown_EFD", "router_DE"}
+    assert decayed == attention | {"wgate_EDF", "wup_EDF", "wdown_EFD", "w_DE"}
 
 
 # Muon

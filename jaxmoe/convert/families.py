@@ -14,12 +14,12 @@ from jaxmoe import config as config_lib
 from jaxmoe.config import MlaConfig, ModelConfig, RopeConfig, RouterConfig
 from jaxmoe.convert.links import Layout
 from jaxmoe.errors import UserError
+from jaxmoe.run.params import TRAINING_ONLY
 
 Json = dict[str, Any]
 
-# Of training alone: no parameter and no logit depends on them.
-OURS = ("z_loss_coef", "mtp_coef", "loss_chunk", "dtype", "remat")
-OURS_ROUTER = ("jitter", "load_balance_coef", "load_balance_scope", "z_coef")
+OURS = [k for k in TRAINING_ONLY if "." not in k]
+OURS_ROUTER = [k.removeprefix("router.") for k in TRAINING_ONLY if "." in k]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,12 +32,14 @@ class Link:
         shape: theirs.
         cells: an array of that shape -> slices of our leaves and views that belong to them.
         copy: it repeats a tensor that another link brings; may be absent.
+        by_rows: its first dim is also the first of every view, so that rows of it may come alone.
     """
 
     name: str
     shape: tuple[int, ...]
     cells: Callable[[np.ndarray], list[Cell]]
     copy: bool = False
+    by_rows: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +82,9 @@ class _Links:
     def plain(self, name: str, leaf: str, at: tuple[int, ...] = (), copy: bool = False) -> Link:
         """The same values in the same order, our dims perhaps merged into fewer of theirs."""
         shape = self.specs[leaf].shape[len(at) :]
-        theirs = shape if "vocab" in self.specs[leaf].axes else (math.prod(shape),)
-        return Link(name, theirs, lambda h: [(leaf, at, h.reshape(shape))], copy)
+        if "vocab" in self.specs[leaf].axes:
+            return Link(name, shape, lambda h: [(leaf, at, h)], copy, by_rows=True)
+        return Link(name, (math.prod(shape),), lambda h: [(leaf, at, h.reshape(shape))], copy)
 
     def matrix(self, name: str, leaf: str, at: tuple[int, ...] = (), copy: bool = False) -> Link:
         """theirs [out, in], ours (in dims, out dims)."""
@@ -185,11 +188,12 @@ class _Links:
             partial(pairs, "wgate_EDF", "wup_EDF"),
             partial(pairs, "bgate_EF", "bup_EF"),
         )
-        yield Link(f"{theirs}.gate_up_proj", (e, d, 2 * f), weights)
-        yield Link(f"{theirs}.down_proj", (e, f, d), partial(same, "wdown_EFD"))
+        down, bias = partial(same, "wdown_EFD"), partial(same, "bdown_ED")
+        yield Link(f"{theirs}.gate_up_proj", (e, d, 2 * f), weights, by_rows=True)
+        yield Link(f"{theirs}.down_proj", (e, f, d), down, by_rows=True)
         if self.cfg.expert_bias:
             yield Link(f"{theirs}.gate_up_proj_bias", (e, 2 * f), biases)
-            yield Link(f"{theirs}.down_proj_bias", (e, d), partial(same, "bdown_ED"))
+            yield Link(f"{theirs}.down_proj_bias", (e, d), bias)
 
     def mtp(self, theirs: str, ours: str) -> Iterator[Link]:
         d = self.cfg.d_model

@@ -29,7 +29,8 @@ class Float8:
     def shape(self) -> tuple[int, ...]:
         return self.values.shape
 
-    def read(self) -> np.ndarray:
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        assert (start, stop) == (0, None)  # no tensor that is read by rows comes in float8
         out = np.empty(self.shape, self.dtype)
         values, scales = self.values.read(), self.scales.read()
         for i in range(len(scales)):
@@ -53,9 +54,10 @@ class MxFp4:
         e, out, groups, half = self.blocks.shape
         return (e, groups * half * 2, out)
 
-    def read(self) -> np.ndarray:
-        blocks, scales = self.blocks.read(), self.scales.read()
-        result = np.empty(self.shape, self.dtype)
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """All of it, or some experts."""
+        blocks, scales = self.blocks.read(start, stop), self.scales.read(start, stop)
+        result = np.empty((len(blocks), *self.shape[1:]), self.dtype)
         for e in range(len(blocks)):
             pairs = np.stack([FP4[blocks[e] & 15], FP4[blocks[e] >> 4]], axis=-1)
             values = pairs.reshape(*blocks[e].shape[:2], -1)

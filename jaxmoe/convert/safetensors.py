@@ -7,8 +7,9 @@ tests/convert/test_safetensors.py.
 """
 
 import json
+import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -41,13 +42,15 @@ class Tensor:
     shape: tuple[int, ...]
     offset: int  # bytes from the beginning of the file
 
-    def read(self) -> np.ndarray:
-        count = int(np.prod(self.shape, dtype=np.int64))
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """All of it, or rows of the first dim."""
+        shape = self.shape if stop is None else (stop - start, *self.shape[1:])
+        offset = self.offset + start * self.dtype.itemsize * math.prod(self.shape[1:])
         try:
-            flat = np.fromfile(self.file, self.dtype, count, offset=self.offset)
+            flat = np.fromfile(self.file, self.dtype, math.prod(shape), offset=offset)
         except OSError as error:
             raise UserError(f"{self.file}: {error.strerror}") from error
-        return flat.reshape(self.shape)
+        return flat.reshape(shape)
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
@@ -132,10 +135,15 @@ class Writer:
         self._file.close()
         assert kind is not None or not self._left, self._left[:1]
 
-    def write(self, name: str, value: np.ndarray) -> None:
+    def write(self, name: str, pieces: Iterable[np.ndarray]) -> None:
+        """`pieces`: the tensor, cut along its first dim."""
         wanted, dtype, shape = self._left.pop(0)
-        assert (name, value.dtype, value.shape) == (wanted, dtype, shape), (name, wanted)
-        self._file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+        rows = 0
+        for piece in pieces:
+            assert (name, piece.dtype, piece.shape[1:]) == (wanted, dtype, shape[1:]), (name, wanted)
+            self._file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
+            rows += len(piece)
+        assert rows == shape[0], (name, rows)
 
 
 def plan_files(

@@ -7,6 +7,7 @@ of ours holds a matrix of all layers and experts.
 
 import json
 import math
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from jaxmoe.run.params import ARRAYS, CONFIG
 from jaxmoe.spec import BATCH_AXES, Spec, is_spec
 
 CHUNK = 1 << 24  # values, at most: 64 MB in float32
+IN_FLIGHT = 1 << 27  # bytes: each file is synced to disk, and one at a time would wait for each
 # Of orbax's key_type: a position in a sequence, and a key of a mapping.
 SEQUENCE, MAPPING = 1, 2
 
@@ -27,6 +29,8 @@ class Store:
 
     def __init__(self, folder: Path, specs: Any, dtypes: dict[str, np.dtype]) -> None:
         self._folder = folder
+        self._writing: deque[tuple[int, Any]] = deque()
+        self._bytes = 0
         (folder / ARRAYS).mkdir(parents=True)
         leaves = dict(tree.named_leaves(specs, is_leaf=is_spec))
         self._arrays = {name: self._create(name, s, dtypes[name]) for name, s in leaves.items()}
@@ -49,18 +53,32 @@ class Store:
             open=True,
         ).result()
 
-    def write(self, name: str, index: tuple[Any, ...], value: np.ndarray) -> None:
+    def write(self, name: str, index: tuple[Any, ...], value: np.ndarray, first: int = 0) -> None:
+        """Rows `first` and on of leaf[index]; returns when few bytes are left on their way."""
         array = self._arrays[name]
-        # By rows of the first dim: what is on its way is a copy of this much.
-        rows = max(1, CHUNK // max(1, value[:1].size)) if value.ndim else 1
+        rows = max(1, CHUNK // max(1, value[:1].size))
         for start in range(0, len(value), rows):
-            part = value[start : start + rows].astype(array.dtype.numpy_dtype)
-            array[index][start : start + len(part)].write(part).result()
+            part = np.array(value[start : start + rows], array.dtype.numpy_dtype, order="C")
+            at = slice(first + start, first + start + len(part))
+            # The copy is ours alone, so tensorstore need not make another.
+            done = array[index][at].write(part, can_reference_source_data_indefinitely=True).commit
+            done.force()
+            self._writing.append((part.nbytes, done))
+            self._bytes += part.nbytes
+            self._wait(IN_FLIGHT)
 
     def read(self, name: str, index: tuple[Any, ...]) -> np.ndarray:
+        self._wait(0)
         return self._arrays[name][index].read().result()
 
+    def _wait(self, limit: int) -> None:
+        while self._bytes > limit:
+            size, done = self._writing.popleft()
+            done.result()
+            self._bytes -= size
+
     def finish(self, about: dict[str, Any]) -> None:
+        self._wait(0)
         (self._folder / CONFIG).write_text(json.dumps(about, indent=2) + "\n")
 
 

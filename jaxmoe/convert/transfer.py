@@ -1,9 +1,10 @@
 """Moves tensors between a Hugging Face folder and a folder of parameters, one at a time."""
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import ml_dtypes
 import numpy as np
 
 from jaxmoe import config as config_lib
-from jaxmoe import tree
 from jaxmoe.convert import families, safetensors
 from jaxmoe.convert.links import Link, links
 from jaxmoe.convert.quantised import Source, unpacked
@@ -19,7 +19,6 @@ from jaxmoe.convert.store import Store
 from jaxmoe.errors import UserError
 from jaxmoe.model.lm import lm_specs
 from jaxmoe.run.params import CONFIG, FORMAT, TOKENIZER, Params, open_params
-from jaxmoe.spec import is_spec
 
 Progress = Callable[[str, int, int], None]  # name of a tensor, bytes done, bytes in all
 
@@ -37,7 +36,7 @@ CARRIED = (
     "chat_template.json",
     "generation_config.json",
 )
-SLAB = 1 << 24  # values of ours read at one time
+SLAB = 1 << 24  # values held at one time where a tensor may come in pieces
 SHARD = 4 << 30  # bytes of a safetensors file
 
 
@@ -95,7 +94,7 @@ def to_hf(where: Path, to: Path, dtype: str | None, progress: Progress, shard: i
     params = open_params(where)
     family, hf = families.to_hf(params.model)
     wanted = [k for k in links(params.model, family.layout) if not k.copy]
-    _check_shapes(params)
+    params.check(lm_specs(params.model))
     types = [DTYPES[dtype] if dtype else _stored(k, params) for k in wanted]
     entries = [(k.name, t, k.shape) for k, t in zip(wanted, types, strict=True)]
     plans, index = safetensors.plan_files(entries, shard)
@@ -163,11 +162,14 @@ def _dtypes(wanted: list[Link], sources: dict[str, Source]) -> dict[str, np.dtyp
 
 
 def _bring(link: Link, source: Source, store: Store, folder: Path) -> None:
-    value = source.read()
-    for leaf, index, view in link.cells(value):
-        if not link.copy:
-            store.write(leaf, index, view)
-        elif not np.array_equal(store.read(leaf, index), view):
+    if not link.copy:
+        for start, stop in _pieces(link):
+            value = source.read(start, stop) if link.by_rows else source.read()
+            for leaf, index, view in link.cells(value):
+                store.write(leaf, index, view, start)
+        return
+    for leaf, index, view in link.cells(source.read()):
+        if not np.array_equal(store.read(leaf, index), view):
             raise UserError(
                 f"{folder}: {link.name} should repeat {leaf} of the main model, and differs from it"
             )
@@ -176,31 +178,24 @@ def _bring(link: Link, source: Source, store: Store, folder: Path) -> None:
 # Out
 
 
-def _check_shapes(params: Params) -> None:
-    for name, spec in tree.named_leaves(lm_specs(params.model), is_leaf=is_spec):
-        shape = tuple(params.array(name).shape)
-        if shape != spec.shape:
-            raise UserError(
-                f"{params.where}: parameter {name} has the shape {shape}, not {spec.shape}"
-            )
-
-
 def _stored(link: Link, params: Params) -> np.dtype:
     blank = np.broadcast_to(np.float32(0), link.shape)
     types = {params.array(leaf).dtype.numpy_dtype for leaf, _, _ in link.cells(blank)}
     return types.pop() if len(types) == 1 else DTYPES["float32"]
 
 
-def _gathered(link: Link, dtype: np.dtype, params: Params) -> np.ndarray:
-    value = np.empty(link.shape, dtype)
-    for leaf, index, view in link.cells(value):
-        # By rows of the first dim, so that little is held twice.
-        array = params.array(leaf)[index]
-        rows = max(1, SLAB // max(1, view[:1].size))
-        for start in range(0, len(view), rows):
-            stop = min(start + rows, len(view))
-            view[start:stop] = array[start:stop].read().result()
-    return value
+def _gathered(link: Link, dtype: np.dtype, params: Params) -> Iterator[np.ndarray]:
+    """The tensor, in pieces along its first dim."""
+    for first, last in _pieces(link):
+        value = np.empty((last - first, *link.shape[1:]), dtype)
+        for leaf, index, view in link.cells(value):
+            # By rows of ours, so that little is held twice.
+            array = params.array(leaf)[index]
+            rows = max(1, SLAB // max(1, view[:1].size))
+            for start in range(0, len(view), rows):
+                stop = min(start + rows, len(view))
+                view[start:stop] = array[first + start : first + stop].read().result()
+        yield value
 
 
 def _write_tokenizer(params: Params, to: Path, hf: dict[str, Any]) -> None:
@@ -225,6 +220,14 @@ def _write_tokenizer(params: Params, to: Path, hf: dict[str, Any]) -> None:
 
 
 # Both
+
+
+def _pieces(link: Link) -> Iterator[tuple[int, int]]:
+    """Rows of their first dim that are held at one time: of what may come by rows, few."""
+    n = link.shape[0]
+    rows = max(1, SLAB // math.prod(link.shape[1:])) if link.by_rows else n
+    for start in range(0, n, rows):
+        yield start, min(start + rows, n)
 
 
 def _begin(to: Path) -> Path:

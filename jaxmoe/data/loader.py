@@ -12,12 +12,14 @@ import numpy as np
 
 from jaxmoe.errors import UserError
 
-__all__ = ["HeldOutBatch", "Stream", "heldout_batches"]
+__all__ = ["Rows", "Stream", "documents", "heldout_batches"]
 
 
-class HeldOutBatch(NamedTuple):
-    tokens: np.ndarray  # int32 [batch, seq_len + 1]
-    weights: np.ndarray  # float32 [batch, seq_len]: 1 for a target that counts, 0 for padding
+class Rows(NamedTuple):
+    """Of a batch: all of it, or what one process holds."""
+
+    tokens: np.ndarray  # int32 [rows, seq_len + 1]
+    weights: np.ndarray  # float32 [rows, seq_len]: 1 for a target that counts, 0 for padding
 
 
 class Stream:
@@ -63,7 +65,7 @@ class Stream:
         return position // self._length
 
 
-def heldout_batches(tokens: np.ndarray, seq_len: int, batch_size: int) -> list[HeldOutBatch]:
+def heldout_batches(tokens: np.ndarray, seq_len: int, batch_size: int) -> list[Rows]:
     """Every token but the first (an eot) once as a target, in order.
 
     The last sequence and the last batch are filled up with the first token, at weight 0.
@@ -81,9 +83,20 @@ def heldout_batches(tokens: np.ndarray, seq_len: int, batch_size: int) -> list[H
     inputs = np.stack([sequences[row] for row in range(rows)])
     weights = (np.arange(rows * seq_len) < targets).astype(np.float32).reshape(rows, seq_len)
     return [
-        HeldOutBatch(inputs[i : i + batch_size], weights[i : i + batch_size])
+        Rows(inputs[i : i + batch_size], weights[i : i + batch_size])
         for i in range(0, rows, batch_size)
     ]
+
+
+def documents(tokens: np.ndarray, eot: int, weights: np.ndarray | None = None) -> np.ndarray:
+    """Which document of its row each token is in: int32 of the shape [rows, seq_len] of `tokens`.
+
+    They are numbered from 1 in each row; an eot belongs to the document that it ends. Where
+    `weights` are 0 there is padding, which is 0 (its filling is eot, and would be documents).
+    """
+    ends = tokens == eot
+    numbers = 1 + np.cumsum(ends, axis=1, dtype=np.int32) - ends
+    return numbers if weights is None else np.where(weights > 0, numbers, 0)
 
 
 class _Sequences:

@@ -72,7 +72,9 @@ def _plain_sums(
         return (carry[0] + nll, carry[1] + z), None
 
     (nll, z), _ = jax.lax.scan(
-        step, (jnp.float32(0), jnp.float32(0)), _chunks(options.chunk, x_BLD, targets_BL, weights_BL)
+        step,
+        (jnp.float32(0), jnp.float32(0)),
+        _chunks(options.chunk, x_BLD, targets_BL, weights_BL),
     )
     return nll + options.z_coef * z, (nll, z)
 

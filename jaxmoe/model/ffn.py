@@ -41,9 +41,7 @@ def ffn(params: Ffn, x_BLD: Array, cfg: ModelConfig) -> Array:
     gate_BLf = jnp.einsum("BLD,DF->BLF", x_BLD, params.wgate_DF)
     up_BLf = jnp.einsum("BLD,DF->BLF", x_BLD, params.wup_DF)
     hidden_BLf = activate(gate_BLf, up_BLf, cfg)
-    return jnp.einsum(
-        "BLF,FD->BLD", hidden_BLf, params.wdown_FD, out_sharding=P(BATCH, None, None)
-    )
+    return jnp.einsum("BLF,FD->BLD", hidden_BLf, params.wdown_FD, out_sharding=P(BATCH, None, None))
 
 
 def activate(gate: Array, up: Array, cfg: ModelConfig) -> Array:

@@ -1,5 +1,4 @@
-"""Which experts a token goes to, with what weights, and the losses and the bias that even them out.
-"""
+"""Which experts a token goes to, with what weights; the losses and the bias that even them out."""
 
 from typing import Any
 
@@ -73,11 +72,11 @@ def route(
     return weights_BLA, ids_BLA, stats
 
 
-def balanced(params: Router, load_E: Array, rate: float) -> Router:
+def balanced(params: Router, load: Array, rate: float) -> Router:
     """The bias goes up for experts with less than their share, down for those with more
-    (Wang et al., arXiv:2408.15664, algorithm 1). Leading dims (layers) are allowed."""
+    (Wang et al., arXiv:2408.15664, algorithm 1). `load` is [E], or [R, E] for a stack."""
     return params.replace(
-        balance_bias_E=params.balance_bias_E + jnp.float32(rate) * jnp.sign(1 - load_E)
+        balance_bias_E=params.balance_bias_E + jnp.float32(rate) * jnp.sign(1 - load)
     )
 
 

@@ -70,9 +70,12 @@ def kinds(cfg: ModelConfig) -> list[Kind]:
 def segments(cfg: ModelConfig) -> tuple[Segment, ...]:
     """The leading dense layers, those after them by whole periods, and what is left of one."""
     every = kinds(cfg)
-    parts = (every[: cfg.first_dense], max(1, cfg.global_every)), (
-        every[cfg.first_dense :],
-        math.lcm(cfg.moe_every, max(1, cfg.global_every)),
+    parts = (
+        (every[: cfg.first_dense], max(1, cfg.global_every)),
+        (
+            every[cfg.first_dense :],
+            math.lcm(cfg.moe_every, max(1, cfg.global_every)),
+        ),
     )
     found = []
     for layers, period in parts:

@@ -1,4 +1,4 @@
-"""Figures 3 to 5: optimiser, expert load, speed."""
+"""Figures 3 and 5: optimiser, speed."""
 
 import math
 from collections.abc import Sequence
@@ -20,13 +20,10 @@ from jaxmoe.report.plot import (
     round_,
     stacked,
 )
-from jaxmoe.report.records import Row, Run, group, number
-from jaxmoe.report.words import percent, seconds, short, step
+from jaxmoe.report.records import Run, group, number
+from jaxmoe.report.words import percent, seconds, step
 
-__all__ = ["load", "optimiser", "speed"]
-
-CELLS = 300_000  # of all heat maps together: beyond it a page grows without showing more
-COLUMNS = 240
+__all__ = ["optimiser", "speed"]
 
 
 def optimiser(run: Run) -> Figure:
@@ -94,28 +91,6 @@ def speed(run: Run) -> Figure:
     )
 
 
-def load(run: Run) -> Figure:
-    """Share of the tokens each expert gets, times the number of experts: 1 is balanced."""
-    title = "Expert load"
-    rows = [(row["step"], layers) for row in run.metrics if (layers := _layers(row))]
-    if not rows:
-        return Figure(id="load", title=title, caption="No expert load is logged yet.")
-    rows = [row for row in rows if _shape(row[1]) == _shape(rows[-1][1])]
-    n_layers, n_experts = _shape(rows[-1][1])
-    rows = _thinned(rows, max(20, min(COLUMNS, CELLS // (n_layers * n_experts))))
-    steps = [x for x, _ in rows]
-    maps = [_map(rows, layer) for layer in range(n_layers)]
-    lows, highs = _extremes(rows)
-    return Figure(
-        id="load",
-        title=title,
-        caption=_load_caption(run, lows, highs),
-        traces=[_heat(steps, maps[0], _reach(maps)), *_load_band(steps, maps[0], lows, highs)],
-        layout=_load_layout(n_experts),
-        extra={"layers": [{"z": z, **_layer_band(steps, z)} for z in maps]},
-    )
-
-
 def _panels(run: Run, height: int, axes: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Panels above each other over one axis of steps."""
     names = ["yaxis", *(f"yaxis{i}" for i in range(2, len(axes) + 1))]
@@ -152,108 +127,6 @@ def _top(values: Sequence[Point]) -> float:
     return max((y for _, y, _ in values), default=0.0)
 
 
-def _layers(row: Row) -> list[list[float]]:
-    """moe/load of a row, or nothing if it is not layers of experts."""
-    layers = row.get("moe/load")
-    if not isinstance(layers, list) or not all(isinstance(x, list) and x for x in layers):
-        return []
-    values = [value for layer in layers for value in layer]
-    numeric = all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
-    return layers if numeric and len({len(layer) for layer in layers}) == 1 else []
-
-
-def _shape(layers: list[list[float]]) -> tuple[int, int]:
-    return len(layers), len(layers[0])
-
-
-def _thinned(rows: list[Any], limit: int) -> list[Any]:
-    stride = -(-len(rows) // limit)
-    return rows[::-1][::stride][::-1]  # counted from the end: the last step always stays
-
-
-def _map(rows: Sequence[Any], layer: int) -> list[list[float]]:
-    """experts x steps"""
-    columns = [layers[layer] for _, layers in rows]
-    return [[round(value, 3) for value in expert] for expert in zip(*columns, strict=True)]
-
-
-def _reach(maps: list[list[list[float]]]) -> float:
-    """How far from 1 the colours reach. A few cells may saturate, or they alone would be seen."""
-    values = sorted(abs(value - 1) for z in maps for row in z for value in row)
-    return max(0.25, values[-1 - len(values) // 200])
-
-
-def _extremes(rows: Sequence[Any]) -> tuple[list[float], list[float]]:
-    """The lowest and the highest load over all layers and experts, at each step."""
-    flat = [[value for layer in layers for value in layer] for _, layers in rows]
-    return [round_(min(values)) for values in flat], [round_(max(values)) for values in flat]
-
-
-def _layer_band(steps: list[float], z: list[list[float]]) -> dict[str, Any]:
-    columns = list(zip(*z, strict=True))
-    lows, highs = [min(c) for c in columns], [max(c) for c in columns]
-    return {"x": steps + steps[::-1], "y": lows + highs[::-1]}
-
-
-def _heat(steps: list[float], z: list[list[float]], reach: float) -> Trace:
-    return {
-        "type": "heatmap",
-        "meta": "heat",
-        "x": steps,
-        "z": z,
-        "zmin": max(0.0, 1 - reach),
-        "zmax": 1 + reach,
-        # Lightness rises with the load all the way, so that grey prints in the right order.
-        "colorscale": "Cividis",
-        "colorbar": {"title": {"text": "load"}, "thickness": 10, "len": 0.58, "y": 0.71, "xpad": 4},
-        "hovertemplate": "expert %{y}: %{z:.2f} of its even share<br>step %{x:,}<extra></extra>",
-    }
-
-
-def _load_band(
-    steps: list[float], z: list[list[float]], lows: list[float], highs: list[float]
-) -> list[Trace]:
-    common = {"type": "scatter", "mode": "lines", "yaxis": "y2"}
-    dotted = {"line": {"color": SOFT, "width": 1.2, "dash": "dot"}, "x": steps}
-    hover = "%{y:.2f} of an even share<br>step %{x:,}"
-    return [
-        {
-            **common,
-            **_layer_band(steps, z),
-            "meta": "band",
-            "name": "this layer, least to most loaded expert",
-            "fill": "toself",
-            "fillcolor": "rgba(27,94,155,0.25)",
-            "line": {"color": BLUE, "width": 1},
-            "hoverinfo": "skip",
-        },
-        {
-            **common,
-            **dotted,
-            "name": "all layers",
-            "y": highs,
-            "hovertemplate": f"{hover}<extra>most loaded</extra>",
-        },
-        {
-            **common,
-            **dotted,
-            "y": lows,
-            "showlegend": False,
-            "hovertemplate": f"{hover}<extra>least loaded</extra>",
-        },
-    ]
-
-
-def _load_layout(n_experts: int) -> dict[str, Any]:
-    ticks = {"tickmode": "linear", "dtick": max(1, n_experts // 8), "tick0": 0}
-    return layout(
-        520,
-        x=axis("step", anchor="y2", showgrid=False),
-        yaxis=axis("expert", domain=[0.42, 1], showgrid=False, **ticks),
-        yaxis2=axis("load", domain=[0, 0.34], rangemode="tozero"),
-    )
-
-
 def _optimiser_caption(rates: Sequence[Point], norms: Sequence[Point], clip: float | None) -> str:
     said = []
     if rates:
@@ -273,27 +146,6 @@ def _optimiser_caption(rates: Sequence[Point], norms: Sequence[Point], clip: flo
             share = sum(y > clip for _, y, _ in norms) / len(norms)
             said.append(f"It was clipped at {clip:g} in {percent(share)} of the logged steps.")
     return " ".join(said)
-
-
-def _load_caption(run: Run, lows: list[float], highs: list[float]) -> str:
-    last = run.metrics[-1]
-    said = (
-        "1 is an even share; lighter is more. At the last step shown the most loaded expert "
-        f"of any layer took {highs[-1]:.2f} times its even share and the least loaded "
-        f"{lows[-1]:.2f}; over the run the extremes were {max(highs):.2f} and {min(lows):.2f}."
-    )
-    drops = [y for _, y, _ in points(run.metrics, "moe/drop_rate")]
-    if drops:
-        most = max(drops)
-        said += (
-            f" Tokens dropped: {percent(drops[-1], 2)} at the end, {percent(most, 2)} at worst."
-            if most > 0
-            else " No token was dropped."
-        )
-    rest = (("balance loss", "moe/load_balance"), ("router z", "moe/router_z"))
-    values = [(name, number(last, key)) for name, key in rest]
-    known = [f"{name} {short(value)}" for name, value in values if value is not None]
-    return f"{said} Last {' and '.join(known)}." if known else said
 
 
 def _speed_caption(run: Run, rate: list[Point], mfu: list[Point], pace: list[Point]) -> str:

@@ -81,8 +81,7 @@
     if (!choice) return;
     choice.value = "0";
     choice.addEventListener("change", function () {
-      const layer = data.load.layers[Number(choice.value)];
-      restyle("load", { heat: { z: layer.z }, band: { x: layer.x, y: layer.y } });
+      restyle("load", data.load.layers[Number(choice.value)].marks);
     });
   }
 

@@ -11,7 +11,7 @@ import jinja2
 from plotly.offline import get_plotlyjs
 
 import jaxmoe
-from jaxmoe.report import health, loss, words
+from jaxmoe.report import experts, health, loss, words
 from jaxmoe.report.plot import Figure
 from jaxmoe.report.records import Row, Run, group, number, read
 from jaxmoe.report.scores import Score, score
@@ -44,7 +44,7 @@ def render(run: Run) -> str:
         loss.losses(run, scores),
         loss.narrowing(run, scores),
         health.optimiser(run),
-        health.load(run),
+        experts.load(run),
         health.speed(run),
     ]
     plotly, script = get_plotlyjs(), _source("page.js")

@@ -26,7 +26,7 @@ Point = tuple[float, float, float | None]  # step, value, tokens
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One figure and the sentences under it. `extra` is what its controls switch between."""
+    """One figure and what is under it. `extra` is what its controls switch between."""
 
     id: str
     title: str
@@ -34,6 +34,7 @@ class Figure:
     traces: list[Trace] = field(default_factory=list)  # none: there is only the sentence
     layout: dict[str, Any] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+    table: list[list[str]] = field(default_factory=list)  # the first row is its head
 
 
 def text(value: Any) -> str:

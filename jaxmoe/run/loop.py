@@ -8,8 +8,9 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from jaxmoe import config as config_lib
 from jaxmoe import mesh as mesh_lib
 from jaxmoe.config import Config
 from jaxmoe.data.cache import Corpus
-from jaxmoe.data.loader import Stream, heldout_batches
+from jaxmoe.data.loader import Rows, Stream, documents, heldout_batches
 from jaxmoe.run import record
 from jaxmoe.run.checkpoint import Checkpoints
 from jaxmoe.run.forecasting import ForecastHook
 from jaxmoe.run.meter import Meter
+from jaxmoe.run.params import open_params
 from jaxmoe.run.progress import Display
 from jaxmoe.run.record import RunRecord
 from jaxmoe.run.state import TrainState, abstract_state, init_state
@@ -84,11 +86,23 @@ class Trainer:
         if restored is None:
             self.record.rewind(0)
             self._event("start", 0, f"config {config_lib.fingerprint(self.config)}")
-            return init_state(self.config, self.mesh)
+            return self._fresh()
         for step, why in restored.broken:
             self._event("fallback", step, f"checkpoint {step} cannot be restored: {why}")
         self._resume(restored.step, restored.meta)
         return restored.state
+
+    def _fresh(self) -> TrainState:
+        """A state at step 0, its parameters drawn, or read where the config says."""
+        origin = self.config.checkpoint.init_from
+        if origin is None:
+            return init_state(self.config, self.mesh)
+        stored = open_params(Path(origin))
+        params = stored.load(abstract_state(self.config, self.mesh).params)
+        for line in stored.differences(self.config.model):
+            self._event("init", 0, f"trained on with another model.{line}")
+        self._event("init", 0, f"parameters from {stored.where}")
+        return init_state(self.config, self.mesh, params)
 
     def _resume(self, step: int, meta: dict[str, Any]) -> None:
         self.position = meta["position"]
@@ -129,12 +143,29 @@ class Trainer:
     def next_batch(self) -> Batch:
         """Rows position, position + 1, ... of the stream; each process reads its own."""
         size, length = self.config.train.batch_size, self.config.train.seq_len
-        rows = partial(self.stream.rows, self.position)
-        tokens = mesh_lib.global_array(self.mesh, (size, length + 1), rows)
-        ones = lambda start, stop: np.ones((stop - start, length), np.float32)  # noqa: E731
+        position = self.position
         self.position += size
+
+        @cache  # asked by every device, and for every part of the batch
+        def rows(start: int, stop: int) -> Rows:
+            ones = np.ones((stop - start, length), np.float32)
+            return Rows(self.stream.rows(position, start, stop), ones)
+
+        return self._batch(size, rows)
+
+    def _batch(self, size: int, rows: Callable[[int, int], Rows]) -> Batch:
+        """`rows(start, stop)` is asked only for rows that this process holds."""
+        length, eot = self.config.train.seq_len, self.corpus.tokenizer.eot
+
+        def whole(width: int, part: Callable[[Rows], np.ndarray]) -> jax.Array:
+            return mesh_lib.global_array(self.mesh, (size, width), lambda a, b: part(rows(a, b)))
+
         return Batch(
-            tokens_BL=tokens, weights_BL=mesh_lib.global_array(self.mesh, (size, length), ones)
+            tokens_BL=whole(length + 1, lambda r: r.tokens),
+            weights_BL=whole(length, lambda r: r.weights),
+            documents_BL=whole(length, lambda r: documents(r.tokens[:, :-1], eot, r.weights))
+            if self.config.data.document_mask
+            else None,
         )
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
@@ -206,14 +237,8 @@ class Trainer:
         """Nats per token over the whole held-out set."""
         total = None
         for tokens, weights in self.held_out:
-            batch = Batch(
-                tokens_BL=mesh_lib.global_array(
-                    self.mesh, tokens.shape, lambda a, b, t=tokens: t[a:b]
-                ),
-                weights_BL=mesh_lib.global_array(
-                    self.mesh, weights.shape, lambda a, b, w=weights: w[a:b]
-                ),
-            )
+            rows = lambda a, b, t=tokens, w=weights: Rows(t[a:b], w[a:b])  # noqa: E731
+            batch = self._batch(len(tokens), rows)
             sums = eval_step(state.params, batch, self.config)
             total = sums if total is None else add(total, sums)
         assert total is not None
@@ -251,5 +276,5 @@ class Trainer:
 
     def _event(self, what: str, step: int, why: str) -> None:
         self.record.event(what, step=step, why=why)
-        if what in ("resume", "fallback", "register"):
+        if what in ("init", "resume", "fallback", "register"):
             self.display.note(f"{what}: {why}")

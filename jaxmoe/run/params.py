@@ -20,9 +20,16 @@ from jaxmoe.config import ModelConfig
 from jaxmoe.errors import UserError
 from jaxmoe.run import record, seal
 from jaxmoe.run.checkpoint import ITEMS
+from jaxmoe.spec import is_spec
 
 FORMAT = "jaxmoe-params-1"
 CONFIG, ARRAYS, TOKENIZER = "config.json", "params", "tokenizer"
+
+# Fields of `model` that no logit depends on.
+TRAINING_ONLY = (
+    *("z_loss_coef", "mtp_coef", "loss_chunk", "dtype", "remat", "router.jitter"),
+    *("router.load_balance_coef", "router.load_balance_scope", "router.z_coef"),
+)
 
 
 class Params:
@@ -61,6 +68,25 @@ class Params:
     def read(self, name: str, index: Any = ()) -> np.ndarray:
         return self.array(name)[index].read().result()
 
+    def check(self, shapes: Any) -> None:
+        """Raises UserError unless the leaves of `shapes` (anything with a shape) are all here."""
+        for name, leaf in tree.named_leaves(shapes, is_leaf=is_spec):
+            shape = tuple(self.array(name).shape)
+            if shape != leaf.shape:
+                raise UserError(
+                    f"{self.where}: parameter {name} has the shape {shape}, and model.* asks for"
+                    f" {leaf.shape}"
+                )
+
+    def differences(self, model: ModelConfig) -> list[str]:
+        """`key: theirs -> ours` of what decides the logits, such as RoPE's scaling."""
+        whole = config_lib.Config
+        return [
+            line.removeprefix("model.")
+            for line in config_lib.diff(whole(model=self.model), whole(model=model))
+            if line.partition(":")[0].removeprefix("model.") not in TRAINING_ONLY
+        ]
+
     def load(self, abstract: Any) -> Any:
         """The whole tree as float32 arrays on the shardings of `abstract`, a tree of
         ShapeDtypeStruct.
@@ -68,13 +94,7 @@ class Params:
         Raises:
             UserError: a leaf is missing or has another shape.
         """
-        for name, leaf in tree.named_leaves(abstract):
-            shape = tuple(self.array(name).shape)
-            if shape != leaf.shape:
-                raise UserError(
-                    f"{self.where}: parameter {name} has the shape {shape}, and model.* asks for"
-                    f" {leaf.shape}"
-                )
+        self.check(abstract)
 
         def one(name: str, leaf: Any) -> jax.Array:
             def shard(index: Any) -> np.ndarray:

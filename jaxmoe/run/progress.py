@@ -20,6 +20,7 @@ class View:
     bits_per_byte: float | None = None  # held out
     mfu: float | None = None
     load: tuple[float, float] | None = None  # least and most loaded expert; 1 is balanced
+    dead: int = 0  # experts, over all layers
     seconds_left: float | None = None
     forecast: tuple[float, float, float] | None = None  # median and 90 % interval, bits per byte
 
@@ -38,7 +39,8 @@ class View:
             median, low, high = self.forecast
             words.append(f"final forecast {median:.3f} [{low:.3f}, {high:.3f}]")
         if self.load is not None:
-            words.append(f"expert load {self.load[0]:.2f}..{self.load[1]:.2f}")
+            dead = f", {self.dead} dead" if self.dead else ""
+            words.append(f"expert load {self.load[0]:.2f}..{self.load[1]:.2f}{dead}")
         return words
 
 

@@ -21,6 +21,7 @@ CONFIG, ENVIRONMENT, SCHEDULE = "config.json", "environment.json", "schedule.jso
 METRICS, EVALS, EVENTS = "metrics.jsonl", "evals.jsonl", "events.jsonl"
 FORECASTS = "forecasts.jsonl"
 CHECKPOINTS = "checkpoints"
+TOKENIZER = "tokenizer.json"
 
 
 def recipe(config: Config) -> Config:
@@ -103,6 +104,11 @@ class RunRecord:
         """A whole JSON file, replaced at once."""
         if self._writes:
             _replace(self.folder / name, json.dumps(tree, indent=2) + "\n")
+
+    def text(self, name: str, text: str) -> None:
+        """A whole file, replaced at once."""
+        if self._writes:
+            _replace(self.folder / name, text)
 
     def update(self, name: str, tree: Mapping[str, Any]) -> None:
         """Adds keys to a JSON file."""

@@ -44,13 +44,17 @@ def abstract_state(config: Config, mesh: Any) -> TrainState:
     return mesh_lib.concrete(TrainState(step=step, params=params, opt_state=opt_state), mesh)
 
 
-def init_state(config: Config, mesh: Mesh) -> TrainState:
-    """A fresh state; the same values on every mesh."""
+def init_state(config: Config, mesh: Mesh, params: Any = None) -> TrainState:
+    """A fresh state; the same values on every mesh. `params` are taken instead of drawn ones."""
+    out = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
+    opt_state = lambda params: make_optimizer(config).init(params)  # noqa: E731
 
     def make(key: jax.Array) -> TrainState:
         params = spec_lib.init(lm_specs(config.model), key)
-        opt_state = make_optimizer(config).init(params)
-        return TrainState(step=jnp.int32(0), params=params, opt_state=opt_state)
+        return TrainState(step=jnp.int32(0), params=params, opt_state=opt_state(params))
 
-    out = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
-    return jax.jit(make, out_shardings=out)(jax.random.key(config.seed))
+    if params is None:
+        return jax.jit(make, out_shardings=out)(jax.random.key(config.seed))
+    step = jax.device_put(jnp.int32(0), out.step)
+    moments = jax.jit(opt_state, out_shardings=out.opt_state)(params)
+    return TrainState(step=step, params=params, opt_state=moments)

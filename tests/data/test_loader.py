@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxmoe.data.loader import Stream, heldout_batches
+from jaxmoe.data.loader import Stream, documents, heldout_batches
 from jaxmoe.errors import UserError
 
 _TOKENS = np.arange(1000, dtype=np.uint16)  # each token says where it was
@@ -119,3 +119,43 @@ def test_held_out_tokens_are_each_a_target_once(length: int, seq_len: int, batch
         assert (inputs[:, :-1][counted] + 1 == inputs[:, 1:][counted]).all()
     assert targets == list(range(1, length))
     assert sum(w.sum() for _, w in batches[:-1]) == (len(batches) - 1) * batch * seq_len
+
+
+@given(
+    rows=st.integers(1, 6).flatmap(
+        lambda n: st.lists(st.lists(st.sampled_from([0, 7, 7, 9]), min_size=n, max_size=n))
+    ),
+    cut=st.integers(0, 5),
+)
+@settings(max_examples=200, deadline=None)
+def test_an_eot_belongs_to_the_document_it_ends(rows: list[list[int]], cut: int):
+    """Counted by hand; in each row from 1; the same however rows are split between processes."""
+    if not rows:
+        return
+
+    def by_hand(row: list[int]) -> list[int]:
+        return [1 + row[:i].count(7) for i in range(len(row))]
+
+    found = documents(np.array(rows, np.int32), 7)
+    assert found.dtype == np.int32
+    assert found.tolist() == [by_hand(row) for row in rows]
+    parts = [
+        np.array(part, np.int32).reshape(-1, len(rows[0])) for part in (rows[:cut], rows[cut:])
+    ]
+    assert (np.concatenate([documents(part, 7) for part in parts]) == found).all()
+
+
+@given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=12), seq_len=st.integers(1, 12))
+@settings(max_examples=100, deadline=None)
+def test_padding_is_no_document(lengths: list[int], seq_len: int):
+    """Beyond the held-out text everything is filled with eot; the text's own documents stay."""
+    text = [0, *(token for n in lengths for token in [*range(1, n + 1), 0])]
+    left = len(text) - 1  # positions that predict something
+    for tokens, weights in heldout_batches(np.array(text, np.uint16), seq_len, 4):
+        found = documents(tokens[:, :-1], 0, weights)
+        assert found.dtype == np.int32
+        for row, numbers in zip(tokens[:, :-1].tolist(), found.tolist(), strict=True):
+            real = max(0, min(left, seq_len))
+            assert numbers[:real] == [1 + row[:i].count(0) for i in range(real)]
+            assert numbers[real:] == [0] * (seq_len - real)
+            left -= seq_len

@@ -33,32 +33,38 @@ def draw(dtype: Any = jnp.float32) -> Args:
     )
 
 
-@partial(jax.jit, static_argnums=1)
-def fused(args: Args, chunk: int) -> Any:
+CAP = 4.0  # logits reach three times that
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def fused(args: Args, chunk: int, soft_cap: float | None = None) -> Any:
     """(total, nll, z, weight), gradients of 3 * total in x and head."""
 
     def f(x: jax.Array, head: jax.Array) -> Any:
-        sums = cross_entropy(x, head, *args[2:], chunk=chunk, z_coef=Z)
+        sums = cross_entropy(x, head, *args[2:], chunk=chunk, z_coef=Z, soft_cap=soft_cap)
         return 3 * sums.total, sums
 
     (_, s), grads = jax.value_and_grad(f, argnums=(0, 1), has_aux=True)(*args[:2])
     return (s.total, s.nll, s.z, s.weight), grads
 
 
-@jax.jit
-def plain(args: Args) -> Any:
+@partial(jax.jit, static_argnums=1)
+def plain(args: Args, soft_cap: float | None = None) -> Any:
     def f(x: jax.Array, head: jax.Array) -> Any:
-        total, nll, z = reference.cross_entropy(x, head, *args[2:], Z)
+        total, nll, z = reference.cross_entropy(x, head, *args[2:], Z, soft_cap)
         return 3 * total, (total, nll, z, args[3].sum())
 
     (_, sums), grads = jax.value_and_grad(f, argnums=(0, 1), has_aux=True)(*args[:2])
     return sums, grads
 
 
-@pytest.mark.parametrize("chunk", [1, 8, 24])
-def test_equals_full_logits_for_every_chunk_size(chunk: int) -> None:
+@pytest.mark.parametrize(("chunk", "soft_cap"), [(1, None), (8, None), (24, None), (8, CAP)])
+def test_equals_full_logits_for_every_chunk_size(chunk: int, soft_cap: float | None) -> None:
+    """With a cap on the logits too, which changes a lot."""
     args = draw()
-    (sums, grads), (wanted, wanted_grads) = fused(args, chunk), plain(args)
+    (sums, grads), (wanted, wanted_grads) = fused(args, chunk, soft_cap), plain(args, soft_cap)
+    uncapped = plain(args)[0][0]
+    assert soft_cap is None or abs(wanted[0] - uncapped) > 0.1 * uncapped
     for name, got, want in zip(("total", "nll", "z", "weight"), sums, wanted, strict=True):
         assert_close(got, want, name=name)
     for name, got, want in zip(("dx", "dhead"), grads, wanted_grads, strict=True):

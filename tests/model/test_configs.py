@@ -14,7 +14,7 @@ from jaxmoe import config as config_lib
 from jaxmoe import mesh as mesh_lib
 from jaxmoe.config import Config, MeshConfig, replace
 from jaxmoe.model.lm import lm_specs
-from jaxmoe.run.state import abstract_state
+from jaxmoe.run.state import abstract_state, make_optimizer
 from jaxmoe.run.step import Batch, train_step
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -47,9 +47,13 @@ def large_mesh(config: Config, n_devices: int = 512) -> MeshConfig:
         return max(w for w in (2**i for i in range(10)) if w <= most and math.gcd(*sizes) % w == 0)
 
     m = config.model
-    model = ways(m.n_heads, m.n_kv_heads, m.d_ff, m.vocab_size, most=8)
-    expert = ways(m.n_experts, m.d_model, most=n_devices // model)
-    data = ways(m.d_model // expert, most=n_devices // model // expert)
+    # gcd(0, n) = n: no dense layers. One key/value head is on all shards.
+    kv_heads = m.n_kv_heads if m.n_kv_heads > 1 else 0
+    latents = (m.mla.q_rank, m.mla.kv_rank) if m.mla else ()
+    embed = math.gcd(m.d_model, *latents)  # the dims over `data` and `expert`
+    model = ways(m.n_heads, kv_heads, m.d_ff, m.d_ff_dense, m.vocab_size, most=8)
+    expert = ways(m.n_experts, embed, most=n_devices // model)
+    data = ways(embed // expert, most=n_devices // model // expert)
     return MeshConfig(
         replica=n_devices // model // expert // data, data=data, expert=expert, model=model
     )
@@ -68,21 +72,34 @@ def step_types(config: Config, n_devices: int) -> None:
     with jax.sharding.use_abstract_mesh(mesh):
         state = abstract_state(config, mesh)
         new, metrics = jax.eval_shape(train_step, state, batch, config)
-
-    def same(old: jax.ShapeDtypeStruct, new: jax.ShapeDtypeStruct) -> None:
-        """The state's type is a fixed point of the step: donation and resume rely on it."""
-        assert (old.shape, old.dtype) == (new.shape, new.dtype)
-        specs = [x.sharding.spec if x.sharding is not None else jax.P() for x in (old, new)]
-        entries = [tuple(s) + (None,) * (len(old.shape) - len(s)) for s in specs]
-        assert entries[0] == entries[1], entries
-
-    jax.tree.map(same, state, new)
+    jax.tree.map(assert_same_type, state, new)
     assert metrics.sums.total.shape == () and metrics.grad_norm.dtype == jnp.float32
+
+
+def update_types(config: Config, n_devices: int) -> None:
+    """The optimiser alone, from gradients that rest as their parameters do."""
+    mesh = mesh_lib.abstract(config.mesh, n_devices)
+    with jax.sharding.use_abstract_mesh(mesh):
+        state = abstract_state(config, mesh)
+        update = make_optimizer(config).update
+        updates, opt_state = jax.eval_shape(update, state.params, state.opt_state, state.params)
+    jax.tree.map(assert_same_type, state.params, updates)
+    jax.tree.map(assert_same_type, state.opt_state, opt_state)
+
+
+def assert_same_type(old: jax.ShapeDtypeStruct, new: jax.ShapeDtypeStruct) -> None:
+    """The state's type is a fixed point of the step: donation and resume rely on it."""
+    assert (old.shape, old.dtype) == (new.shape, new.dtype)
+    specs = [x.sharding.spec if x.sharding is not None else jax.P() for x in (old, new)]
+    entries = [tuple(s) + (None,) * (len(old.shape) - len(s)) for s in specs]
+    assert entries[0] == entries[1], entries
 
 
 def test_configs_are_found() -> None:
     names = {found.rsplit(":", 1)[1] for found in FOUND}
     assert {"quickstart", "tiny"} <= names
+    # The file's own name is what `--config FILE` calls.
+    assert {path.stem for path in CONFIGS.glob("*.py")} <= names
 
 
 @pytest.mark.parametrize("found", FOUND, ids=lambda found: found.rsplit(":", 1)[1])
@@ -90,11 +107,24 @@ def test_config_is_sound_and_type_checks(found: str) -> None:
     config = config_lib.load(found)
     config_lib.check(config)
     assert config_lib.from_json(config_lib.json.dumps(config_lib.as_dict(config))) == config
-    step_types(replace(config, mesh=MeshConfig()), 1)
+    # A device's slots are counted in int32, so one device cannot have a cluster's batch.
+    few = replace(config.train, batch_size=min(config.train.batch_size, 8))
+    step_types(replace(config, mesh=MeshConfig(), train=few), 1)
     mesh = large_mesh(config)
     assert max(mesh.expert, mesh.data) > 1
     ways = int(np.prod([getattr(mesh, axis) for axis in mesh_lib.BATCH]))
     train = replace(config.train, batch_size=2 * ways)
+    large = replace(config, mesh=mesh, train=train)
+    config_lib.check(large)
+    step_types(large, 512)
     for name in ("adamw", "muon"):
-        optim = replace(config.optim, name=name)
-        step_types(replace(config, mesh=mesh, train=train, optim=optim), 512)
+        update_types(replace(large, optim=replace(config.optim, name=name)), 512)
+
+
+def test_gpt4_type_checks_on_its_own_mesh() -> None:
+    """Its batch on 24,576 devices, and a mesh that has none of 1 on the axes that are built."""
+    config = config_lib.load(str(CONFIGS / "gpt4.py"))
+    config_lib.check(config)
+    sizes = mesh_lib.sizes(config.mesh, 24_576)
+    assert all(sizes[axis] > 1 for axis in ("replica", "data", "expert", "model")), sizes
+    step_types(config, 24_576)

@@ -18,7 +18,7 @@ from meshes import hlo, on, put
 from reference import assert_close
 
 from jaxmoe import tree
-from jaxmoe.config import Config, ModelConfig, OptimConfig, TrainConfig, replace
+from jaxmoe.config import Config, ModelConfig, OptimConfig, RouterConfig, TrainConfig, replace
 from jaxmoe.run.state import TrainState, abstract_state, init_state
 from jaxmoe.run.step import Batch, train_step
 
@@ -34,8 +34,8 @@ MODEL = ModelConfig(
     n_experts=16,
     top_k=3,
     loss_chunk=4,
-    load_balance_coef=0.1,  # large enough that a wrong auxiliary loss shows
-    router_z_coef=0.05,
+    # Large enough that a wrong auxiliary loss shows.
+    router=RouterConfig(load_balance_coef=0.1, z_coef=0.05),
     z_loss_coef=0.01,
 )
 B, L, STEPS = 8, 12, 6
@@ -170,18 +170,18 @@ def test_the_state_is_spread(optimizer: str) -> None:
     r, h, d2, v = m.n_layers, m.d_head, m.d_model // 2, m.vocab_size // 2
     parts = {
         "embed_VD": (v, d4),
-        "layers/attention_norm_D": (r, m.d_model),
-        "layers/attention/wq_DNH": (r, d4, n, h),
-        "layers/attention/wk_DKH": (r, d4, m.n_kv_heads // 2, h),
-        "layers/attention/wv_DKH": (r, d4, m.n_kv_heads // 2, h),
-        "layers/attention/wo_NHD": (r, n, h, d4),
-        "layers/attention/q_norm_H": (r, h),
-        "layers/attention/k_norm_H": (r, h),
-        "layers/moe_norm_D": (r, m.d_model),
-        "layers/moe/router_DE": (r, d4, m.n_experts),
-        "layers/moe/wgate_EDF": (r, e, d2, f),
-        "layers/moe/wup_EDF": (r, e, d2, f),
-        "layers/moe/wdown_EFD": (r, e, f, d2),
+        "layers/0/0/attention_norm_D": (r, m.d_model),
+        "layers/0/0/attention/wq_DNH": (r, d4, n, h),
+        "layers/0/0/attention/wk_DKH": (r, d4, m.n_kv_heads // 2, h),
+        "layers/0/0/attention/wv_DKH": (r, d4, m.n_kv_heads // 2, h),
+        "layers/0/0/attention/wo_NHD": (r, n, h, d4),
+        "layers/0/0/attention/q_norm": (r, h),
+        "layers/0/0/attention/k_norm": (r, h),
+        "layers/0/0/ffn_norm_D": (r, m.d_model),
+        "layers/0/0/ffn/router/w_DE": (r, d4, m.n_experts),
+        "layers/0/0/ffn/experts/wgate_EDF": (r, e, d2, f),
+        "layers/0/0/ffn/experts/wup_EDF": (r, e, d2, f),
+        "layers/0/0/ffn/experts/wdown_EFD": (r, e, f, d2),
         "final_norm_D": (m.d_model,),
         "head_DV": (d4, v),
     }

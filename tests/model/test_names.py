@@ -4,6 +4,7 @@ Held while the train step is traced, at every return of a function in jaxmoe/mod
 jaxmoe/kernels; so the check costs nothing at run time and needs no decorators.
 """
 
+import functools
 import re
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,15 @@ import pytest
 
 import jaxmoe
 from jaxmoe import mesh as mesh_lib
-from jaxmoe.config import Config, MeshConfig, ModelConfig, TrainConfig
+from jaxmoe.config import (
+    Config,
+    MeshConfig,
+    MlaConfig,
+    ModelConfig,
+    RopeConfig,
+    RouterConfig,
+    TrainConfig,
+)
 from jaxmoe.run.state import abstract_state
 from jaxmoe.run.step import Batch, eval_step, train_step
 
@@ -27,7 +36,7 @@ CHECKED = ("model", "kernels")
 # Letters with an upper-case one among them, or at most two lower-case ones: `nll_sum` is a word.
 SUFFIX = re.compile(r"[a-z0-9_]*_([A-Za-z]*[A-Z][A-Za-z]*|[a-z]{1,2})")
 
-# Letters that always mean a size of the config. In kernels only some: batch and heads are shards.
+# Every dim has a size of its own. Between them these models have all that the family can do.
 MODEL = ModelConfig(
     vocab_size=62,
     d_model=28,
@@ -40,28 +49,77 @@ MODEL = ModelConfig(
     top_k=5,
     loss_chunk=8,
 )
+LATENT = ModelConfig(
+    vocab_size=62,
+    d_model=28,
+    n_layers=5,
+    n_heads=10,
+    n_kv_heads=10,
+    mla=MlaConfig(q_rank=20, kv_rank=24, d_nope=7, d_rope=4, d_value=9),
+    d_ff=18,
+    n_experts=36,
+    top_k=5,
+    n_shared_experts=3,
+    first_dense=2,
+    d_ff_dense=54,
+    router=RouterConfig(
+        score="sigmoid",
+        n_groups=6,
+        top_k_groups=3,
+        jitter=0.1,
+        balance_bias_rate=0.1,
+        load_balance_scope="sequence",
+    ),
+    rope=RopeConfig(scaling="yarn", factor=2.0),
+    n_mtp=1,
+    loss_chunk=8,
+)
+SUNK = ModelConfig(
+    vocab_size=62,
+    d_model=28,
+    n_layers=3,
+    n_heads=10,
+    n_kv_heads=1,
+    d_head=6,
+    qk_norm="full",
+    attention_bias=True,
+    attention_sinks=True,
+    attention_soft_cap=5.0,
+    sliding_window=5,
+    global_every=3,
+    d_ff=18,
+    n_experts=12,
+    top_k=5,
+    activation="clamped_swiglu",
+    expert_bias=True,
+    router=RouterConfig(bias=True, load_balance_scope="microbatch"),
+    tie_embeddings=True,
+    logit_soft_cap=9.0,
+    loss_chunk=8,
+)
 BATCH_SIZE, LENGTH = 8, 16
-CONFIG = Config(model=MODEL, train=TrainConfig(batch_size=BATCH_SIZE, seq_len=LENGTH))
-SIZES = {
-    "B": BATCH_SIZE,
-    "L": LENGTH,
-    "D": MODEL.d_model,
-    "N": MODEL.n_heads,
-    "K": MODEL.n_kv_heads,
-    "H": MODEL.d_head,
-    "F": MODEL.d_ff,
-    "E": MODEL.n_experts,
-    "A": MODEL.top_k,
-    "V": MODEL.vocab_size,
-    "R": MODEL.n_layers,
-}
-FIXED = {"model": SIZES, "kernels": {letter: SIZES[letter] for letter in "LDHEAV"}}
+MODELS = {"uniform": (MODEL, False), "latent": (LATENT, True), "sunk": (SUNK, False)}
+KERNELS = "LDEAV"  # letters that are sizes of the config there: batch and heads are shards
+
+
+def sizes_of(m: ModelConfig) -> dict[str, int]:
+    """Letters that always mean a size of the config. F is that of an expert, a dense layer or a
+    shared expert, and R that of a segment, so these two only agree within a function."""
+    sizes = {"B": BATCH_SIZE, "L": LENGTH, "D": m.d_model, "V": m.vocab_size}
+    sizes |= {"N": m.n_heads, "E": m.n_experts, "A": m.top_k}
+    r, mla = m.router, m.mla
+    sizes |= {"P": r.n_groups, "O": m.n_experts // r.n_groups}
+    if mla is None:
+        return {**sizes, "K": m.n_kv_heads, "H": m.d_head, "U": m.d_head}
+    sizes |= {"Q": mla.q_rank, "J": mla.kv_rank, "I": mla.d_nope, "W": mla.d_rope}
+    return {**sizes, "U": mla.d_value}  # H is a head's width, and to rope that of its rotary part
 
 
 class Names:
     """What was seen, and which names were not true."""
 
-    def __init__(self) -> None:
+    def __init__(self, sizes: dict[str, int]) -> None:
+        self.fixed = {"model": sizes, "kernels": {k: v for k, v in sizes.items() if k in KERNELS}}
         self.functions: set[str] = set()
         self.seen: set[tuple[str, str]] = set()
         self.untrue: list[str] = []
@@ -71,7 +129,7 @@ class Names:
         where = f"{file.parent.name}/{file.name}:{frame.f_code.co_qualname}"
         self.functions.add(where)
         letters: dict[str, tuple[int, str]] = {}
-        fixed = FIXED[file.parent.name]
+        fixed = self.fixed[file.parent.name]
         for name, value in sorted(frame.f_locals.items()):
             match = SUFFIX.fullmatch(name)
             shape = getattr(value, "shape", None)
@@ -90,8 +148,8 @@ class Names:
 
 
 @contextmanager
-def names_checked() -> Iterator[Names]:
-    names = Names()
+def names_checked(model: ModelConfig) -> Iterator[Names]:
+    names = Names(sizes_of(model))
 
     files = {str(f) for folder in CHECKED for f in (PACKAGE / folder).glob("*.py")}
 
@@ -107,33 +165,49 @@ def names_checked() -> Iterator[Names]:
         sys.setprofile(before)
 
 
-@pytest.fixture(scope="module")
-def traced() -> Names:
+@functools.cache
+def traced(name: str) -> Names:
     """The train step and the evaluation step, traced on an abstract mesh of 2 x 2 x 2."""
+    model, has_documents = MODELS[name]
+    config = Config(model=model, train=TrainConfig(batch_size=BATCH_SIZE, seq_len=LENGTH))
     mesh = mesh_lib.abstract(MeshConfig(data=2, expert=2, model=2), 8)
     rows = jax.NamedSharding(mesh, jax.P(mesh_lib.BATCH))
+    whole = jax.ShapeDtypeStruct((BATCH_SIZE, LENGTH), jnp.int32, sharding=rows)
     batch = Batch(
         tokens_BL=jax.ShapeDtypeStruct((BATCH_SIZE, LENGTH + 1), jnp.int32, sharding=rows),
         weights_BL=jax.ShapeDtypeStruct((BATCH_SIZE, LENGTH), jnp.float32, sharding=rows),
+        documents_BL=whole if has_documents else None,
     )
-    with jax.sharding.use_abstract_mesh(mesh), names_checked() as names:
-        state = abstract_state(CONFIG, mesh)
-        jax.eval_shape(train_step, state, batch, CONFIG)
-        jax.eval_shape(eval_step, state.params, batch, CONFIG)
+    with jax.sharding.use_abstract_mesh(mesh), names_checked(model) as names:
+        state = abstract_state(config, mesh)
+        jax.eval_shape(train_step, state, batch, config)
+        jax.eval_shape(eval_step, state.params, batch, config)
     return names
 
 
-def test_suffixes_are_true(traced: Names) -> None:
-    assert not traced.untrue, "\n".join(sorted(set(traced.untrue)))
+@pytest.mark.parametrize("name", MODELS)
+def test_suffixes_are_true(name: str) -> None:
+    untrue = traced(name).untrue
+    assert not untrue, "\n".join(sorted(set(untrue)))
 
 
-def test_the_whole_step_was_seen(traced: Names) -> None:
+STEP = "lm_loss attention causal_attention _attend rope route _switch _run _forward look_up"
+STEP += " _to_experts _from_experts _from_slots_bwd _to_slots_bwd _backward_at make_places"
+SEEN = {
+    "uniform": "_grouped_qkv _softmax moe",
+    "latent": "_mla_qkv _mtp _ahead _same_document balanced _jittered _choose ffn",
+    "sunk": "_softmax soft_capped activate _ffn",
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_whole_step_was_seen(name: str) -> None:
     """Traces are kept by JAX: sizes used nowhere else make sure that this one really ran."""
-    functions = {where.split(":")[1] for where in traced.functions}
-    wanted = "lm_loss attention causal_attention _attend rope moe route _switch _run _forward"
-    wanted += " _to_experts _from_experts _from_slots_bwd _to_slots_bwd look_up _backward_at"
-    assert set(wanted.split()) <= functions, set(wanted.split()) - functions
-    assert len(traced.seen) > 120
+    names = traced(name)
+    functions = {where.split(":")[1] for where in names.functions}
+    wanted = set(f"{STEP} {SEEN[name]}".split())
+    assert wanted <= functions, wanted - functions
+    assert len(names.seen) > 120
 
 
 def test_an_untrue_name_is_found() -> None:
@@ -145,7 +219,7 @@ def test_an_untrue_name_is_found() -> None:
         assert x_BLD.size and y_LD.size and z_BD.size and part_l.size
         return sys._getframe()
 
-    names = Names()
+    names = Names(sizes_of(MODEL))
     frame: Any = f()
     code = frame.f_code.replace(co_filename=str(PACKAGE / "model" / "made_up.py"))
     names.check(type("Frame", (), {"f_code": code, "f_locals": frame.f_locals})())  # type: ignore

@@ -11,8 +11,8 @@ from meshes import ROWS, hlo, on, put, put_params
 from reference import assert_close
 
 from jaxmoe import spec as spec_lib
-from jaxmoe.config import ModelConfig, replace
-from jaxmoe.model.attention import attention, attention_specs
+from jaxmoe.config import ModelConfig, RopeConfig, replace
+from jaxmoe.model.attention import Places, attention, attention_specs
 from jaxmoe.model.lm import lm_loss, lm_specs, look_up
 from jaxmoe.model.norm import rms_norm
 from jaxmoe.model.rope import rope
@@ -30,6 +30,8 @@ CFG = ModelConfig(
     loss_chunk=4,
 )
 B, L = 2, 12
+ROPE = RopeConfig(theta=100.0)
+ROWS_1L = np.arange(L, dtype=np.int32)[None]  # positions
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
@@ -48,14 +50,15 @@ def test_rms_norm() -> None:
     assert_close(rms_norm(scale, 100 * x, 1e-6), rms_norm(scale, x, 1e-6))  # scale is divided out
     assert_close(rms_norm(jnp.ones(10), 1e-3 * x, 0.5), 1e-3 * x / np.sqrt(0.5), tolerance=1e-4)
     assert rms_norm(scale, x.astype(jnp.bfloat16), 1e-6).dtype == jnp.bfloat16
+    over_two = normal(2, 4, 10)  # a scale of two dims is one norm over both
+    assert_close(rms_norm(over_two, x, 1e-6), reference.rms_norm(over_two, x, 1e-6))
 
 
 def test_rope_scores_depend_on_the_distance_only() -> None:
-    h, theta = 8, 100.0
+    h = 8
     q, k = normal(0, 1, 1, 1, h), normal(1, 1, 1, 1, h)
-    positions = jnp.arange(L)
     turned_q, turned_k = (
-        rope(jnp.broadcast_to(a, (1, L, 1, h)), positions, theta)[0, :, 0] for a in (q, k)
+        rope(jnp.broadcast_to(a, (1, L, 1, h)), ROWS_1L, ROPE)[0, :, 0] for a in (q, k)
     )
     scores = np.asarray(turned_q @ turned_k.T)
     for distance in range(-L + 1, L):
@@ -68,25 +71,27 @@ def test_rope_turns_the_right_way() -> None:
     """A score is Re sum q conj(k) exp(i (m - n) f): a turn one way for q and the other for k would
     still be relative, so the angle itself is compared."""
     x = normal(0, B, L, 3, 8)
-    turned = rope(x, jnp.arange(L), 100.0)
-    assert_close(turned, reference.rope(x, 100.0))
+    turned = rope(x, ROWS_1L, ROPE)
+    assert_close(turned, reference.rope(x, np.tile(ROWS_1L, (B, 1)), ROPE))
     np.testing.assert_array_equal(turned[:, 0], x[:, 0])  # position 0 stays
     assert_close((turned**2).sum(-1), (x**2).sum(-1))
     # The first pair turns by one radian a position: (1, 0) goes to (cos 1, sin 1).
-    one = rope(jnp.zeros((1, 2, 1, 8)).at[..., 0].set(1), jnp.arange(2), 100.0)[0, 1, 0]
+    one = rope(jnp.zeros((1, 2, 1, 8)).at[..., 0].set(1), ROWS_1L[:, :2], ROPE)[0, 1, 0]
     np.testing.assert_allclose([one[0], one[4]], [np.cos(1), np.sin(1)], rtol=1e-6)
 
 
 def test_attention_block_equals_the_plain_one() -> None:
-    for qk_norm in (True, False):
+    shapes: dict[str, Any] = {"none": (), "per_head": ((8,), (8,)), "full": ((6, 8), (2, 8))}
+    for qk_norm, shape in shapes.items():
         cfg = replace(CFG, qk_norm=qk_norm)
         params = draw(attention_specs(cfg))
-        if qk_norm:
-            params = params.replace(q_norm_H=normal(5, 8), k_norm_H=normal(6, 8))
+        if shape:
+            params = params.replace(q_norm=normal(5, *shape[0]), k_norm=normal(6, *shape[1]))
         placed = put_params(on(), params, attention_specs(cfg))
         x = normal(1, B, L, cfg.d_model)
         with jax.set_mesh(on()):
-            got = jax.jit(attention, static_argnums=2)(placed, put(on(), x), cfg)
+            run = jax.jit(attention, static_argnums=(3, 4))
+            got = run(placed, put(on(), x), Places(positions_bL=ROWS_1L), cfg, None)
         plain = jax.jit(reference.attention, static_argnums=2)
         assert_close(got, plain(params, x, cfg))
 

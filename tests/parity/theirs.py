@@ -81,8 +81,8 @@ CASES = [
         "num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": 5, **rope(50.0)}),
     Case("olmoe", transformers.OlmoeConfig, {**SPARSE, **SQUARE, **rope(100.0)}),
     Case("olmoe_biased", transformers.OlmoeConfig, {
-        **SPARSE, **SQUARE, "norm_topk_prob": True, "attention_bias": True, "tie_word_embeddings": True,
-        **rope(100.0, rope_type="linear", factor=2.0)}),
+        **SPARSE, **SQUARE, "norm_topk_prob": True, "attention_bias": True,
+        "tie_word_embeddings": True, **rope(100.0, rope_type="linear", factor=2.0)}),
     Case("qwen3_moe", transformers.Qwen3MoeConfig, {
         **SPARSE, "moe_intermediate_size": 18, "norm_topk_prob": True, **rope(1e4, **YARN)}),
     Case("qwen3_moe_interleaved", transformers.Qwen3MoeConfig, {
@@ -144,14 +144,22 @@ def randomise(model: Any) -> None:
                 p.normal_(0, scale / p.shape[-1] ** 0.5)
 
 
-def load(folder: Path) -> Theirs:
-    """As a user would, with the MTP modules."""
+def load(folder: Path, mtp: bool = False) -> Theirs:
+    """As a user would, with the MTP modules where asked."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
-    )
-    n = getattr(model.config, "num_mtp_layers", 0) or 0
-    mtp = MtpModel.from_pretrained(model).eval() if n else None
-    return Theirs(model=model.eval(), folder=folder, mtp=mtp)
+        folder,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        experts_implementation="eager",
+    ).eval()
+    if not mtp:
+        return Theirs(model=model, folder=folder)
+    # They find the modules by the layer number of the published model, 61.
+    n = model.config.num_hidden_layers
+    numbers = range(n, n + model.config.num_mtp_layers)
+    model._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{i}\..*" for i in numbers]
+    modules = MtpModel.from_pretrained(model).eval()
+    return Theirs(model=model, folder=folder, mtp=modules)
 
 
 def logits(model: Any, tokens: Any, **options: Any) -> Any:
@@ -160,9 +168,13 @@ def logits(model: Any, tokens: Any, **options: Any) -> Any:
     return out.logits.numpy()
 
 
-def mtp_logits(theirs: Theirs, tokens: Any) -> list[Any]:
+def mtp_logits(theirs: Theirs, tokens: Any, keep_graph: bool = False) -> list[Any]:
     """Of module k: [B, L - k, V], as training has it: all positions at once, no cache."""
-    ids = torch.tensor(tokens)
+    with torch.set_grad_enabled(keep_graph):
+        return _mtp_logits(theirs, torch.tensor(tokens))
+
+
+def _mtp_logits(theirs: Theirs, ids: Any) -> list[Any]:
     out = theirs.model(input_ids=ids, use_cache=False, output_hidden_states=True)
     x, found = out.hidden_states[-1], []
     for k in range(theirs.mtp.num_mtp_layers):

@@ -23,11 +23,12 @@ LAYERS, EXPERTS = 4, 8
 CUTOFFS = range(200, STEPS, 200)
 TOKENS = 8 * 256  # of a step
 SPIKE = 730
+DEAD = (1, 5, (380, 390, 400))  # layer, expert, steps
 
 
 @pytest.fixture(scope="session")
 def make_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """make_run(name=..., upto=...) writes a run directory at step `upto` of 2000."""
+    """make_run(name=..., upto=..., moe=...) writes a run directory at step `upto` of 2000."""
 
     def make(**options: Any) -> Path:
         return write_run(tmp_path_factory.mktemp("runs") / "run", **options)
@@ -58,14 +59,16 @@ def loss_at(step: float) -> float:
     return 2.9 + 5.4 * (1 + step / 12) ** -0.62 - 0.09 * decay
 
 
-def write_run(run: Path, *, name: str = "ladder-3 base", upto: int = STEPS) -> Path:
-    """A run directory at step `upto`: finished when that is the last step."""
+def write_run(
+    run: Path, *, name: str = "ladder-3 base", upto: int = STEPS, moe: str = "all"
+) -> Path:
+    """A run directory at step `upto`: finished when that is the last step. `moe`: see `experts`."""
     run.mkdir(parents=True)
     done = upto == STEPS
     record = {"fingerprint": "8f14e45fceea", "config": config(name)}
     (run / "config.json").write_text(json.dumps(record))
     (run / "environment.json").write_text(json.dumps(environment()))
-    write_lines(run / "metrics.jsonl", metrics(upto))
+    write_lines(run / "metrics.jsonl", metrics(upto, moe))
     write_lines(run / "evals.jsonl", evals(upto))
     write_lines(run / "events.jsonl", events(upto))
     write_lines(run / "forecasts.jsonl", [*forecasts(upto), *([outcome()] if done else [])])
@@ -104,11 +107,10 @@ def environment() -> dict[str, Any]:
     }
 
 
-def metrics(upto: int) -> Iterable[dict[str, Any]]:
+def metrics(upto: int, moe: str) -> Iterable[dict[str, Any]]:
     rng = random.Random(0)
     for step in range(EVERY, upto + 1, EVERY):
         load = [loads(rng, step, layer) for layer in range(LAYERS)]
-        flat = [value for layer in load for value in layer]
         nll = loss_at(step) + rng.gauss(0, 0.06) + (1.2 if step == SPIKE else 0)
         rate = 3e-3 * min(1.0, step / 50, max(0.0, (STEPS - step) / (0.2 * STEPS)))
         pace = 0.052 * rng.lognormvariate(0, 0.04)
@@ -121,23 +123,52 @@ def metrics(upto: int) -> Iterable[dict[str, Any]]:
             "train/loss": nll + 0.02,
             "train/grad_norm": 0.4 * rng.lognormvariate(0, 0.3) + 6 / step + 5 * (step == SPIKE),
             "train/lr": rate,
-            "moe/load": load,
-            "moe/load_max": max(flat),
-            "moe/load_min": min(flat),
-            "moe/load_balance": 1.03,
-            "moe/router_z": 0.41,
-            "moe/drop_rate": 0.0,
+            **experts(load, step, moe),
             "perf/tokens_per_second": TOKENS / pace,
             "perf/mfu": TOKENS / pace * 1.23e7 / 1.9e11 / 8,
             "perf/step_seconds": pace,
         }
 
 
+def experts(load: list[list[float]], step: int, moe: str) -> dict[str, Any]:
+    """What is logged of the experts. "all"; "summary": without the load of each, as of many;
+    "old": without what is said of each layer; "none": a dense model's."""
+    if moe == "none":
+        return {}
+    lows, highs = [min(layer) for layer in load], [max(layer) for layer in load]
+    dead = [sum(value < 0.01 for value in layer) for layer in load]
+    layers = {
+        "load_min": lows,
+        "load_max": highs,
+        "load_entropy": [entropy(layer) for layer in load],
+        "dead": dead,
+        "drop_rate": [0.0] * LAYERS,
+        "load_balance": [1.0 + 0.02 * layer for layer in range(LAYERS)],
+        "router_z": [0.38 + 0.02 * layer for layer in range(LAYERS)],
+        "bias_low": [-1e-4 * step * (1 + layer) for layer in range(LAYERS)],
+        "bias_high": [2e-4 * step for _ in range(LAYERS)],
+    }
+    whole = {"moe/load_max": max(highs), "moe/load_min": min(lows), "moe/load_balance": 1.03}
+    whole |= {"moe/router_z": 0.41, "moe/drop_rate": 0.0}
+    of_each = {"moe/load": load} if moe != "summary" else {}
+    if moe == "old":
+        return {**whole, **of_each}
+    of_layers = {f"moe/layer/{key}": values for key, values in layers.items()}
+    return {**whole, **of_each, **of_layers, "moe/dead_experts": sum(dead)}
+
+
+def entropy(load: list[float]) -> float:
+    shares = [value / EXPERTS for value in load]
+    return -sum(p * math.log(p) for p in shares if p) / math.log(EXPERTS)
+
+
 def loads(rng: random.Random, step: int, layer: int) -> list[float]:
-    """Uneven at first, settling; deeper layers stay a little less even."""
+    """Uneven at first, settling; deeper layers stay a little less even. One dies for a while."""
     spread = 0.08 + 0.03 * layer + 0.5 * math.exp(-step / 250)
     tilts = [spread * math.sin(2.3 * expert + layer) for expert in range(EXPERTS)]
     raw = [math.exp(tilt + rng.gauss(0, 0.04)) for tilt in tilts]
+    if layer == DEAD[0] and step in DEAD[2]:
+        raw[DEAD[1]] = 0.0
     return [EXPERTS * value / sum(raw) for value in raw]
 
 

@@ -13,7 +13,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 from jaxmoe.report.page import write
 
 Opener = Callable[..., Chrome]
-TRACES = {"loss": 8, "narrowing": 4, "optimiser": 3, "load": 4, "speed": 3}
+TRACES = {"loss": 8, "narrowing": 4, "optimiser": 3, "load": 11, "speed": 3}
 
 
 @pytest.fixture
@@ -143,16 +143,44 @@ def test_views_change_the_axes(show: Opener, finished: Path) -> None:
     assert len(chrome.find_elements(By.CSS_SELECTOR, "[aria-pressed='true']")) == 1
 
 
-def test_layer_changes_heat_map_and_band(show: Opener, finished: Path) -> None:
+def test_layer_changes_what_is_shown_of_it_alone(show: Opener, finished: Path) -> None:
     chrome = show(finished)
-    read = """return ["heat", "band"].map(function (name) {
-        const traces = document.getElementById("plot-load").data;
-        const trace = traces.find(function (one) { return one.meta === name; });
-        return JSON.stringify(trace.z || trace.y); });"""
+    read = """return document.getElementById("plot-load").data.map(function (trace) {
+        return [trace.meta || trace.name, JSON.stringify(trace.z || trace.y)]; });"""
     before = chrome.execute_script(read)
-    chrome.find_element(By.CSS_SELECTOR, "#layer option[value='3']").click()
+    chrome.find_element(By.CSS_SELECTOR, "#layer option[value='1']").click()
     after = chrome.execute_script(read)
-    assert before[0] != after[0] and before[1] != after[1]
+    changed = [name for (name, old), (_, new) in zip(before, after, strict=True) if old != new]
+    assert changed == ["heat", "band", "load_entropy", "dead", "bias"]
+    assert [name for name, _ in after if name not in changed] == ["all layers"] * 6
+
+
+def test_run_without_the_load_of_each_expert_renders(
+    show: Opener, make_run: Callable[..., Path]
+) -> None:
+    chrome = show(write(make_run(moe="summary")), 390)
+    assert chrome.get_log("browser") == []
+    assert drawn(chrome)["load"][0] == TRACES["load"] - 1
+    read = """return document.getElementById("plot-load").data.map(function (trace) {
+        return trace.type + JSON.stringify(trace.y); });"""
+    before = chrome.execute_script(read)
+    assert not any(trace.startswith("heatmap") for trace in before)
+    chrome.find_element(By.CSS_SELECTOR, "#layer option[value='1']").click()
+    assert chrome.execute_script(read) != before
+    assert chrome.get_log("browser") == []
+    table = chrome.find_elements(By.CSS_SELECTOR, "#load tbody tr")
+    assert [row.text.split()[0] for row in table] == ["0", "1", "2", "3"]
+
+
+def test_dense_run_renders(show: Opener, make_run: Callable[..., Path]) -> None:
+    run = make_run(moe="none")
+    config = (run / "config.json").read_text()
+    (run / "config.json").write_text(config.replace('"n_experts": 8', '"n_experts": 1'))
+    chrome = show(write(run))
+    assert chrome.get_log("browser") == []
+    assert drawn(chrome).keys() == TRACES.keys() - {"load"}
+    section = chrome.find_element(By.ID, "load")
+    assert section.text == "Expert load\nA dense model: it has no experts."
 
 
 def test_headline_says_the_numbers(show: Opener, finished: Path) -> None:
@@ -222,6 +250,7 @@ def test_diverged_run_renders(show: Opener, make_run: Callable[..., Path]) -> No
     for row in rows[20:]:
         row["train/nll"] = row["train/grad_norm"] = float("nan")
         row["moe/load"] = [[float("nan")] * 8] * 4
+        row |= {key: [float("nan")] * 4 for key in row if key.startswith("moe/layer/")}
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     chrome = show(write(run))
     assert chrome.get_log("browser") == []

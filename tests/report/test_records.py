@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 import pytest
 
 from jaxmoe.errors import UserError
-from jaxmoe.report import health, loss, words
+from jaxmoe.report import experts, health, loss, words
 from jaxmoe.report.__main__ import main
 from jaxmoe.report.page import write
 from jaxmoe.report.plot import envelope, stacked
@@ -102,7 +102,7 @@ def test_figures_are_valid_plotly(make_run: MakeRun, upto: int) -> None:
     run = read(make_run(upto=upto))
     scores = score(run)
     figures = [loss.losses(run, scores), loss.narrowing(run, scores)]
-    for figure in [*figures, health.optimiser(run), health.load(run), health.speed(run)]:
+    for figure in [*figures, health.optimiser(run), experts.load(run), health.speed(run)]:
         go.Figure(data=figure.traces, layout=figure.layout)  # refuses an unknown property
         assert figure.caption.endswith(".")
 
@@ -115,7 +115,7 @@ def test_captions_carry_the_numbers(make_run: MakeRun) -> None:
     said = loss.narrowing(run, scores).caption
     assert f"inside {half} of 9 intervals of 50 % and {most} of 9 of 90 %" in said
     assert "at step 730" in health.optimiser(run).caption  # where the synthetic run spikes
-    assert "No token was dropped" in health.load(run).caption
+    assert "No token was dropped" in experts.load(run).caption
     assert "by step 150" in loss.losses(run, scores).caption
 
 
@@ -143,7 +143,7 @@ def test_load_of_a_long_run_is_thinned_and_keeps_its_last_step(make_run: MakeRun
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     wide = [{"step": row["step"], "moe/load": [[1.0] * 64] * 48} for row in rows]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in wide))
-    figure = health.load(read(run))
+    figure = experts.load(read(run))
     columns = figure.traces[0]["x"]
     assert 20 <= len(columns) <= 100 and columns[-1] == 2000
     assert len(figure.extra["layers"]) == 48

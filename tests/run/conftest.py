@@ -2,12 +2,27 @@
 
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import pytest
+from jax.sharding import AxisType, Mesh
 from processes import Killed, kill_group, logged, on_terminal, started, train, wait_until
 
+from jaxmoe import mesh as mesh_lib
+
 KILLS = random.Random(5)
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[Mesh]:
+    """One device, for tests that train in this process."""
+    axes = mesh_lib.AXES
+    devices, types = jax.devices()[:1], (AxisType.Explicit,) * len(axes)
+    one = jax.make_mesh((1,) * len(axes), axes, axis_types=types, devices=devices)
+    with jax.set_mesh(one):
+        yield one
 
 
 @pytest.fixture(scope="session")

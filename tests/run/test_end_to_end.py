@@ -16,6 +16,7 @@ TINY = f"{ROOT / 'configs' / 'quickstart.py'}:tiny"
 LINE = re.compile(
     r"step \d+/60  \d+:\d\d left  [\d,]+ tok/s  MFU \d+%  loss \d+\.\d{3}  held-out \d+\.\d{3} b/B"
     r"(  final forecast \d+\.\d{3} \[\d+\.\d{3}, \d+\.\d{3}\])?  expert load \d\.\d\d\.\.\d+\.\d\d"
+    r"(, \d+ dead)?"
 )
 
 
@@ -36,6 +37,7 @@ def test_the_record_has_every_file_with_its_keys(tiny: Path):
     keys = {
         "metrics.jsonl": {"step", "tokens", "flops", "seconds", "train/nll", "train/grad_norm"}
         | {"moe/load", "moe/load_max", "moe/load_min", "moe/drop_rate", "train/lr"}
+        | {"moe/dead_experts", "moe/layer/load_entropy", "moe/layer/router_z"}
         | {"perf/tokens_per_second", "perf/mfu", "perf/step_seconds"},
         "evals.jsonl": {"step", "tokens", "set", "set_fingerprint", "nll", "bits_per_byte"},
         "events.jsonl": {"time", "step", "what", "why"},

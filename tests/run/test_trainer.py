@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 from small import small
 
 from jaxmoe import mesh as mesh_lib
@@ -35,15 +34,6 @@ def seven() -> Config:
         checkpoint=CheckpointConfig(every=3),
         forecast=ForecastConfig(first=2, every=2),
     )
-
-
-@pytest.fixture(scope="module")
-def mesh() -> Iterator[Mesh]:
-    axes = mesh_lib.AXES
-    devices, types = jax.devices()[:1], (AxisType.Explicit,) * len(axes)
-    one = jax.make_mesh((1,) * len(axes), axes, axis_types=types, devices=devices)
-    with jax.set_mesh(one):
-        yield one
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +232,7 @@ def test_the_view_says_what_is_known_and_nothing_else():
         "final forecast 1.100 [1.000, 1.200]",
         "expert load 0.50..2.00",
     ]
+    assert replace(view, dead=3).words()[-1] == "expert load 0.50..2.00, 3 dead"
 
 
 def test_only_the_writing_process_shows_anything(capsys: Any):
