@@ -352,10 +352,22 @@ def _check_attention(m: ModelConfig) -> None:
         m.global_every == 0 or m.sliding_window is not None,
         f"model.global_every={m.global_every} needs model.sliding_window for the other layers",
     )
-    scaled = m.rope.scaling != "none"
+    _check_rope(m.rope, m.d_head if m.mla is None else m.mla.d_rope)
+
+
+def _check_rope(rope: RopeConfig, width: int) -> None:
     _require(
-        scaled or m.rope.factor == 1,
-        f"model.rope.factor={m.rope.factor} needs model.rope.scaling: linear, ntk, yarn or llama3",
+        rope.scaling != "none" or rope.factor == 1,
+        f"model.rope.factor={rope.factor} needs model.rope.scaling: linear, ntk, yarn or llama3",
+    )
+    _require(
+        rope.scaling != "ntk" or width > 2,
+        f"model.rope.scaling=ntk needs more than the {width} rotary dims of a head",
+    )
+    low, high = rope.low_freq_factor, rope.high_freq_factor
+    _require(
+        rope.scaling != "llama3" or low < high,
+        f"model.rope.low_freq_factor={low} must be less than model.rope.high_freq_factor={high}",
     )
 
 
@@ -366,6 +378,11 @@ def _check_experts(m: ModelConfig) -> None:
         m.first_dense < m.n_layers or m.is_dense,
         f"model.first_dense={m.first_dense} leaves none of model.n_layers={m.n_layers} experts;"
         " a dense model has model.n_experts=1",
+    )
+    _require(
+        m.first_dense + m.moe_every <= m.n_layers or m.is_dense,
+        f"model.moe_every={m.moe_every} is more than the layers after model.first_dense="
+        f"{m.first_dense} of model.n_layers={m.n_layers}, so that none has experts",
     )
     _divides("model.router.n_groups", r.n_groups, "model.n_experts", e)
     _require(

@@ -145,6 +145,9 @@ def attention(
         return rope(a, where, cfg.rope)
 
     if cfg.mla is None:
+        if cfg.qk_norm != "none":  # over all heads at once, or each head alone
+            dims = {"full": (cfg.n_heads, cfg.d_head), "per_head": (cfg.d_head,)}[cfg.qk_norm]
+            assert p.q_norm.shape == dims, p.q_norm.shape
         q = jnp.einsum("BLD,DNH->BLNH", x, p.wq_DNH)
         k = jnp.einsum("BLD,DKH->BLKH", x, p.wk_DKH)
         v = jnp.einsum("BLD,DKH->BLKH", x, p.wv_DKH)

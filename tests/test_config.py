@@ -282,8 +282,17 @@ def test_unknown_json_key_names_the_nearest() -> None:
             with_model(rope=RopeConfig(factor=2.0)),
             r"model\.rope\.factor=2\.0 needs model\.rope\.scaling: .*llama3",
         ),
+        (
+            with_model(d_head=2, rope=RopeConfig(scaling="ntk", factor=2.0)),
+            r"model\.rope\.scaling=ntk needs more than the 2 rotary dims",
+        ),
+        (
+            with_model(rope=RopeConfig(scaling="llama3", factor=2.0, low_freq_factor=4.0)),
+            r"model\.rope\.low_freq_factor=4\.0 must be less",
+        ),
         # Experts
         (with_model(first_dense=3), r"first_dense=3 leaves none of model\.n_layers=3 experts"),
+        (with_model(moe_every=3), r"moe_every=3 is more than the layers after .* none has experts"),
         (with_router(n_groups=4), r"router\.n_groups=4 does not divide model\.n_experts=9"),
         (with_router(top_k_groups=4), r"router\.top_k_groups=4 is more than model\.router\.n_gr"),
         (with_router(n_groups=9), r"router\.n_groups=9 leaves 1 expert a group: it needs two"),

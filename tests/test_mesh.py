@@ -94,7 +94,11 @@ def test_partition() -> None:
     [
         ({"data": 5}, 5, ["embed_VD", "embed dim of 24", "data=5 x expert=1"]),
         ({"data": 4, "expert": 4}, 16, ["embed_VD", "data=4 x expert=4"]),
-        ({"expert": 3, "data": 1}, 3, ["layers/0/0/ffn/experts/wgate_EDF", "experts dim of 16", "expert=3"]),
+        (
+            {"expert": 3, "data": 1},
+            3,
+            ["layers/0/0/ffn/experts/wgate_EDF", "experts dim of 16", "expert=3"],
+        ),
         ({"model": 7, "data": 1}, 7, ["layers/0/0/attention/wq_DNH", "heads dim of 10", "model=7"]),
     ],
 )

@@ -31,13 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.perf_counter()
     try:
         with _bar(quiet=args.json) as bar:
+            where = args.source
             if args.command == "from-hf":
                 about = transfer.from_hf(args.source, args.to, bar)
                 cfg = config_lib.model_from_dict(about["model"])
                 kind = about["source"]["model_type"]
             else:
-                about = transfer.to_hf(args.source, args.to, args.dtype, bar, args.shard_bytes)
-                cfg, kind = None, about["model_type"]
+                hf, where = transfer.to_hf(args.source, args.to, args.dtype, bar, args.shard_bytes)
+                cfg, kind = None, hf["model_type"]
     except UserError as error:
         print(f"jaxmoe.convert: {error}", file=sys.stderr)
         return 2
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("jaxmoe.convert: interrupted; nothing was written", file=sys.stderr)
         return 130
     result: dict[str, Any] = {
+        "from": str(where),
         "to": str(args.to),
         "model_type": kind,
         "tensors": bar.tensors,
@@ -57,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(result))
     else:
         print(
-            f"{args.to}: {kind}, {bar.tensors} tensors, {bar.total / 1e9:.3f} GB in"
+            f"{where} -> {args.to}: {kind}, {bar.tensors} tensors, {bar.total / 1e9:.3f} GB in"
             f" {result['seconds']:.1f} s"
         )
     return 0

@@ -56,6 +56,9 @@ def from_hf(hf: Json) -> tuple[Family, ModelConfig]:
                 f"config.json: {key}={hf[key]!r} is not supported for {family.model_type}; it"
                 f" must be {value!r}"
             )
+    for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+        if not isinstance(hf.get(key, 1), int) or hf.get(key, 1) < 1:
+            raise UserError(f"config.json: {key}={hf[key]!r} must be a positive integer")
     try:
         n_heads = hf["num_attention_heads"]
         common = {
@@ -147,9 +150,11 @@ def _differences(ours: ModelConfig, read: ModelConfig) -> list[str]:
 
 
 def _same_dense_width(read: ModelConfig, ours: ModelConfig) -> ModelConfig:
-    """0 and d_ff are two ways to say the same."""
+    """0 and d_ff are two ways to say the same; without experts d_ff is the width of nothing else."""
     same = (read.d_ff_dense or read.d_ff) == (ours.d_ff_dense or ours.d_ff)
     no_dense = ours.first_dense == 0 and ours.moe_every == 1 and not ours.is_dense
+    if same and ours.is_dense:
+        return replace(read, d_ff=ours.d_ff, d_ff_dense=ours.d_ff_dense)
     return replace(read, d_ff_dense=ours.d_ff_dense) if same or no_dense else read
 
 
@@ -162,9 +167,11 @@ def _read_rope(hf: Json, theta: float) -> RopeConfig:
     theta = float(given.get("rope_theta") or hf.get("rope_theta") or theta)
     kind = given.get("rope_type", given.get("type", "default"))
     if kind not in ("default", "linear", "yarn", "llama3"):
-        raise UserError(f"config.json: RoPE of type {kind!r} is not supported")
-    if given.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise UserError("config.json: partial_rotary_factor is not supported; it must be 1")
+        known = "default, linear, yarn or llama3"
+        raise UserError(f"config.json: rope_type={kind!r} is not supported; it must be {known}")
+    part = given.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
+    if part not in (None, 1):
+        raise UserError(f"config.json: partial_rotary_factor={part} is not supported; it must be 1")
     if kind == "default":
         return RopeConfig(theta=theta)
     original = given.get("original_max_position_embeddings") or hf.get("max_position_embeddings")
@@ -220,10 +227,6 @@ def _softmax(hf: Json, norm_top_k: bool, coef: float = 0.001) -> RouterConfig:
     )
 
 
-def _window(hf: Json) -> int | None:
-    return hf.get("sliding_window")
-
-
 def _read_llama(hf: Json) -> Json:
     return {
         "n_experts": 1,
@@ -250,10 +253,11 @@ def _read_qwen3(hf: Json) -> Json:
 def _read_mixtral(hf: Json) -> Json:
     return {
         "qk_norm": "none",
+        "norm_eps": hf.get("rms_norm_eps", 1e-5),
         "d_ff": hf["intermediate_size"],
         "n_experts": hf["num_local_experts"],
         "top_k": hf["num_experts_per_tok"],
-        "sliding_window": _window(hf),
+        "sliding_window": hf.get("sliding_window"),
         "router": _softmax(hf, norm_top_k=True),
     }
 
@@ -302,7 +306,7 @@ def _read_qwen3_moe(hf: Json) -> Json:
     return {
         "qk_norm": "per_head",
         "attention_bias": bool(hf.get("attention_bias", False)),
-        "sliding_window": _window(hf) if hf.get("use_sliding_window") else None,
+        "sliding_window": hf.get("sliding_window") if hf.get("use_sliding_window") else None,
         "d_ff": hf["moe_intermediate_size"],
         "d_ff_dense": hf["intermediate_size"] if only or every > 1 else 0,
         "first_dense": len(only),
@@ -330,12 +334,13 @@ def _write_qwen3_moe(cfg: ModelConfig) -> Json:
 
 
 def _read_deepseek_v3(hf: Json) -> Json:
-    groups = hf.get("n_group") or 1
+    groups = hf.get("n_group", 8) or 1
     return {
         "qk_norm": "none",
         "n_kv_heads": hf["num_attention_heads"],
+        "d_head": hf["qk_rope_head_dim"],  # not used; what transformers says
         "mla": MlaConfig(
-            q_rank=hf.get("q_lora_rank") or 0,
+            q_rank=hf.get("q_lora_rank", 1536) or 0,
             kv_rank=hf["kv_lora_rank"],
             d_nope=hf["qk_nope_head_dim"],
             d_rope=hf["qk_rope_head_dim"],
@@ -347,14 +352,14 @@ def _read_deepseek_v3(hf: Json) -> Json:
         "moe_every": hf.get("moe_layer_freq", 1),
         "n_experts": hf["n_routed_experts"],
         "top_k": hf["num_experts_per_tok"],
-        "n_shared_experts": hf.get("n_shared_experts") or 0,
+        "n_shared_experts": hf.get("n_shared_experts", 1) or 0,
         "n_mtp": hf.get("num_nextn_predict_layers") or 0,
         "router": RouterConfig(
             score="sigmoid",
             norm_top_k=bool(hf.get("norm_topk_prob", True)),
-            scale=hf.get("routed_scaling_factor", 1.0),
+            scale=hf.get("routed_scaling_factor", 2.5),
             n_groups=groups,
-            top_k_groups=hf.get("topk_group") or groups,
+            top_k_groups=hf.get("topk_group", 4 if groups > 1 else 1) or groups,
             load_balance_coef=0.0001,  # arXiv:2412.19437, section 4.2
             load_balance_scope="sequence",
             balance_bias_rate=0.001,
@@ -367,7 +372,7 @@ def _write_deepseek_v3(cfg: ModelConfig) -> Json:
     mla, r = cfg.mla, cfg.router
     assert mla is not None
     return {
-        "head_dim": mla.d_rope,  # what transformers makes of it
+        "head_dim": mla.d_rope,
         "q_lora_rank": mla.q_rank or None,
         "kv_lora_rank": mla.kv_rank,
         "qk_nope_head_dim": mla.d_nope,
@@ -385,17 +390,21 @@ def _write_deepseek_v3(cfg: ModelConfig) -> Json:
         "routed_scaling_factor": r.scale,
         "n_group": r.n_groups,
         "topk_group": r.top_k_groups,
-        "scoring_func": "sigmoid",
-        "topk_method": "noaux_tc",
     }
 
 
 def _read_gpt_oss(hf: Json) -> Json:
-    n, window = hf["num_hidden_layers"], _window(hf)
+    n, window = hf["num_hidden_layers"], hf.get("sliding_window", 128)
     types = hf.get("layer_types")
     alternating = ["full_attention" if i % 2 else "sliding_attention" for i in range(n)]
     if types not in (None, alternating, ["sliding_attention"] * n):
-        raise UserError("config.json: layer_types must alternate, sliding_attention first")
+        odd = next(
+            (i for i, t in enumerate(types) if types[i : i + 1] != alternating[i : i + 1]), n
+        )
+        raise UserError(
+            f"config.json: layer_types[{odd}]={types[odd : odd + 1]} is not supported; they must"
+            f" alternate over all {n} layers, sliding_attention first, or all be that"
+        )
     return {
         "qk_norm": "none",
         "norm_eps": hf.get("rms_norm_eps", 1e-5),
@@ -459,7 +468,10 @@ FAMILIES = (
         architecture="DeepseekV3ForCausalLM",
         read=_read_deepseek_v3,
         write=_write_deepseek_v3,
-        fixed={"rope_interleave": True, "attention_bias": False, "moe_layer_freq": 1},
+        fixed={
+            **{"rope_interleave": True, "attention_bias": False, "moe_layer_freq": 1},
+            **{"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+        },
     ),
     Family(
         model_type="gpt_oss",

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxmoe.convert.safetensors import Tensor
+from jaxmoe.errors import UserError
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 BLOCK = 128
@@ -61,7 +62,7 @@ class MxFp4:
         for e in range(len(blocks)):
             pairs = np.stack([FP4[blocks[e] & 15], FP4[blocks[e] >> 4]], axis=-1)
             values = pairs.reshape(*blocks[e].shape[:2], -1)
-            values = np.ldexp(values, scales[e].astype(np.int32)[..., None] - 127)
+            values *= np.ldexp(np.float32(1), scales[e].astype(np.int32) - 127)[..., None]
             result[e] = values.reshape(len(values), -1).T.astype(self.dtype)
         return result
 
@@ -79,9 +80,25 @@ def unpacked(found: dict[str, Tensor]) -> dict[str, Source]:
             continue
         base = name.removesuffix("_blocks")
         if base != name and base + "_scales" in found:
-            sources[base] = MxFp4(tensor, found[base + "_scales"])
+            sources[base] = _checked(MxFp4(tensor, found[base + "_scales"]))
         elif name + "_scale_inv" in found:
-            sources[name] = Float8(tensor, found[name + "_scale_inv"])
+            sources[name] = _checked(Float8(tensor, found[name + "_scale_inv"]))
         else:
             sources[name] = tensor
     return sources
+
+
+def _checked(source: Float8 | MxFp4) -> Float8 | MxFp4:
+    """Other sizes of blocks would be read as other numbers."""
+    if isinstance(source, Float8):
+        values, wanted = source.values, tuple(-(-n // BLOCK) for n in source.values.shape)
+        good = len(wanted) == 2
+    else:
+        values, wanted = source.blocks, source.blocks.shape[:-1]
+        good = len(wanted) == 3 and values.shape[-1] == 16
+    if not good or source.scales.shape != wanted:
+        raise UserError(
+            f"{source.scales.file}: scales of the shape {source.scales.shape} do not fit values of"
+            f" the shape {values.shape}: read are float8 by blocks of {BLOCK} x {BLOCK}, and MXFP4"
+        )
+    return source

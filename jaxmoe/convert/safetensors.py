@@ -79,17 +79,23 @@ def _header(file: Path) -> Iterator[tuple[str, Tensor]]:
     try:
         with open(file, "rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
+            size = file.stat().st_size
+            if length > size:
+                raise ValueError(f"its header has {length} bytes, the file {size}")
             header = json.loads(stream.read(length))
-        size = file.stat().st_size
-    except (OSError, ValueError, struct.error) as error:
+        entries = [
+            (name, entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
+            for name, entry in header.items()
+            if name != "__metadata__"
+        ]
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise UserError(f"{file}: not a safetensors file: {error}") from error
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        begin, end = entry["data_offsets"]
-        if entry["dtype"] not in DTYPES:
-            raise UserError(f"{file}: {name} is {entry['dtype']}; read are {', '.join(DTYPES)}")
-        dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+    for name, kind, shape, begin, end in entries:
+        if kind not in DTYPES:
+            raise UserError(f"{file}: {name} is {kind}; read are {', '.join(DTYPES)}")
+        dtype = DTYPES[kind]
         if 8 + length + end > size:
             raise UserError(f"{file}: cut off: {name} ends at byte {8 + length + end} of {size}")
         if end - begin != dtype.itemsize * int(np.prod(shape, dtype=np.int64)):
@@ -140,7 +146,7 @@ class Writer:
         wanted, dtype, shape = self._left.pop(0)
         rows = 0
         for piece in pieces:
-            assert (name, piece.dtype, piece.shape[1:]) == (wanted, dtype, shape[1:]), (name, wanted)
+            assert (name, piece.dtype) == (wanted, dtype) and piece.shape[1:] == shape[1:], wanted
             self._file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
             rows += len(piece)
         assert rows == shape[0], (name, rows)

@@ -20,6 +20,7 @@ from jaxmoe.spec import BATCH_AXES, Spec, is_spec
 
 CHUNK = 1 << 24  # values, at most: 64 MB in float32
 IN_FLIGHT = 1 << 27  # bytes: each file is synced to disk, and one at a time would wait for each
+ROWS = 256  # of a matrix that is transposed, moved at one time
 # Of orbax's key_type: a position in a sequence, and a key of a mapping.
 SEQUENCE, MAPPING = 1, 2
 
@@ -58,7 +59,9 @@ class Store:
         array = self._arrays[name]
         rows = max(1, CHUNK // max(1, value[:1].size))
         for start in range(0, len(value), rows):
-            part = np.array(value[start : start + rows], array.dtype.numpy_dtype, order="C")
+            view = value[start : start + rows]
+            part = np.empty(view.shape, array.dtype.numpy_dtype)
+            copy_to(part, view)
             at = slice(first + start, first + start + len(part))
             # The copy is ours alone, so tensorstore need not make another.
             done = array[index][at].write(part, can_reference_source_data_indefinitely=True).commit
@@ -80,6 +83,26 @@ class Store:
     def finish(self, about: dict[str, Any]) -> None:
         self._wait(0)
         (self._folder / CONFIG).write_text(json.dumps(about, indent=2) + "\n")
+
+
+def copy_to(out: np.ndarray, values: np.ndarray) -> None:
+    """`out[...] = values`, where one of the two is transposed.
+
+    Rows of 4096 bytes all fall into one set of the cache, and numpy then copies 200 MB/s: a few
+    rows at a time are moved to where their lengths are odd, from which it copies over 3 GB/s.
+    """
+    order = sorted(range(values.ndim), key=lambda i: -values.strides[i])
+    source, target = values.transpose(order), out.transpose(order)
+    if values.ndim < 2 or target.strides[-1] == min(target.strides):
+        out[...] = values
+        return
+    width = source.shape[-1]
+    rows = max(1, ROWS // math.prod(source.shape[1:-1]))
+    for start in range(0, len(source), rows):
+        part = source[start : start + rows]
+        padded = np.empty((*part.shape[:-1], width + 32), out.dtype)[..., :width]
+        padded[...] = part
+        target[start : start + rows] = padded
 
 
 def _chunks(spec: Spec) -> list[int]:

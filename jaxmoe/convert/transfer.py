@@ -15,7 +15,7 @@ from jaxmoe import config as config_lib
 from jaxmoe.convert import families, safetensors
 from jaxmoe.convert.links import Link, links
 from jaxmoe.convert.quantised import Source, unpacked
-from jaxmoe.convert.store import Store
+from jaxmoe.convert.store import Store, copy_to
 from jaxmoe.errors import UserError
 from jaxmoe.model.lm import lm_specs
 from jaxmoe.run.params import CONFIG, FORMAT, TOKENIZER, Params, open_params
@@ -36,6 +36,8 @@ CARRIED = (
     "chat_template.json",
     "generation_config.json",
 )
+# Of a config.json that came in: true of its tensors, or of code beside it, and not of ours.
+OUTDATED = ("quantization_config", "torch_dtype", "auto_map", "transformers_version")
 SLAB = 1 << 24  # values held at one time where a tensor may come in pieces
 SHARD = 4 << 30  # bytes of a safetensors file
 
@@ -81,7 +83,9 @@ def from_hf(folder: Path, to: Path, progress: Progress) -> dict[str, Any]:
     return about
 
 
-def to_hf(where: Path, to: Path, dtype: str | None, progress: Progress, shard: int = SHARD) -> Any:
+def to_hf(
+    where: Path, to: Path, dtype: str | None, progress: Progress, shard: int = SHARD
+) -> tuple[dict[str, Any], Path]:
     """A folder of parameters, a run or one of its checkpoints -> a folder that transformers loads.
 
     Args:
@@ -89,7 +93,7 @@ def to_hf(where: Path, to: Path, dtype: str | None, progress: Progress, shard: i
         shard: bytes of a file at most, unless one tensor is larger.
 
     Returns:
-        The new config.json.
+        The new config.json, and the folder that was read (of a run: which checkpoint).
     """
     params = open_params(where)
     family, hf = families.to_hf(params.model)
@@ -111,7 +115,8 @@ def to_hf(where: Path, to: Path, dtype: str | None, progress: Progress, shard: i
                     progress(name, done, total)
         if index is not None:
             (part / safetensors.INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        written = {**params.about.get("hf", {}), **hf, "dtype": types[0].name}
+        kept = {k: v for k, v in params.about.get("hf", {}).items() if k not in OUTDATED}
+        written = {**kept, **hf, "dtype": types[0].name}
         if params.seq_len is not None:
             written["max_position_embeddings"] = params.seq_len
         _write_tokenizer(params, part, written)
@@ -120,7 +125,7 @@ def to_hf(where: Path, to: Path, dtype: str | None, progress: Progress, shard: i
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    return written
+    return written, params.where
 
 
 # In
@@ -194,7 +199,8 @@ def _gathered(link: Link, dtype: np.dtype, params: Params) -> Iterator[np.ndarra
             rows = max(1, SLAB // max(1, view[:1].size))
             for start in range(0, len(view), rows):
                 stop = min(start + rows, len(view))
-                view[start:stop] = array[first + start : first + stop].read().result()
+                values = array[first + start : first + stop].read().result()
+                copy_to(view[start:stop], values)
         yield value
 
 
@@ -249,9 +255,14 @@ def _carry(source: Path, to: Path) -> None:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+        found = json.loads(file.read_text())
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from error
+    except ValueError as error:
         raise UserError(f"{file}: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: it holds no JSON object")
+    return found
 
 
 def _bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:

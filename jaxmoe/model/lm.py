@@ -1,6 +1,6 @@
 """The language model: embedding, layers, final norm, head; the loss; multi-token prediction."""
 
-import dataclasses
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -131,7 +131,7 @@ def lm_loss(
         total += auxiliary * sums.weight
     mtp_nll = jnp.stack(nlls) if nlls else jnp.zeros(0, jnp.float32)
     stats = LmStats(router=router, mtp_nll=mtp_nll, by_segment=by_segment)
-    return dataclasses.replace(sums, total=total), stats
+    return replace(sums, total=total), stats
 
 
 def hidden(
@@ -172,7 +172,7 @@ def move_balance_bias(params: Lm, stats: LmStats, cfg: ModelConfig) -> Lm:
         if of_layer is None:
             return layer
         router = balanced(layer.ffn.router, of_layer.load_E, rate)
-        return layer.replace(ffn=layer.ffn.replace(router=router))
+        return replace(layer, ffn=replace(layer.ffn, router=router))
 
     n = len(params.layers)
     layers = tuple(
@@ -180,10 +180,10 @@ def move_balance_bias(params: Lm, stats: LmStats, cfg: ModelConfig) -> Lm:
         for layers, of_segment in zip(params.layers, stats.by_segment[:n], strict=True)
     )
     modules = tuple(
-        module.replace(layer=one(module.layer, jax.tree.map(lambda a: a[0], of_module)))
+        replace(module, layer=one(module.layer, jax.tree.map(lambda a: a[0], of_module)))
         for module, (of_module,) in zip(params.mtp, stats.by_segment[n:], strict=True)
     )
-    return params.replace(layers=layers, mtp=modules)
+    return replace(params, layers=layers, mtp=modules)
 
 
 def make_places(tokens_BL: Array, documents_BL: Array | None) -> Places:

@@ -1,5 +1,6 @@
 """Which experts a token goes to, with what weights; the losses and the bias that even them out."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -75,8 +76,8 @@ def route(
 def balanced(params: Router, load: Array, rate: float) -> Router:
     """The bias goes up for experts with less than their share, down for those with more
     (Wang et al., arXiv:2408.15664, algorithm 1). `load` is [E], or [R, E] for a stack."""
-    return params.replace(
-        balance_bias_E=params.balance_bias_E + jnp.float32(rate) * jnp.sign(1 - load)
+    return replace(
+        params, balance_bias_E=params.balance_bias_E + jnp.float32(rate) * jnp.sign(1 - load)
     )
 
 

@@ -81,10 +81,11 @@ class Params:
     def differences(self, model: ModelConfig) -> list[str]:
         """`key: theirs -> ours` of what decides the logits, such as RoPE's scaling."""
         whole = config_lib.Config
+        unused = ("d_head",) if model.mla is not None else ()
         return [
             line.removeprefix("model.")
             for line in config_lib.diff(whole(model=self.model), whole(model=model))
-            if line.partition(":")[0].removeprefix("model.") not in TRAINING_ONLY
+            if line.partition(":")[0].removeprefix("model.") not in (*TRAINING_ONLY, *unused)
         ]
 
     def load(self, abstract: Any) -> Any:
@@ -121,6 +122,8 @@ def open_params(where: Path) -> Params:
     if (where / record.CHECKPOINTS).is_dir():
         return _of_run(where, _newest(where / record.CHECKPOINTS))
     if where.parent.name == record.CHECKPOINTS and where.name.isdigit() and where.is_dir():
+        if (reason := seal.problem(where, ITEMS)) is not None:
+            raise UserError(f"{where}: not a whole checkpoint: {reason}")
         return _of_run(where.parents[1], where)
     try:
         about = json.loads((where / CONFIG).read_text())

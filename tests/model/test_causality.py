@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import reference
 from meshes import on, put, put_params
 
 from jaxmoe import spec as spec_lib
@@ -122,6 +123,16 @@ def test_windows_add_up_over_layers_and_end_exactly() -> None:
         size = np.abs(pull(put(mesh, ct))[0]).max(-1)
     assert (size > 1e-7).tolist() == [4 <= j <= 10 for j in range(L)]
     assert not size[:4].any() and not size[11:].any()
+
+
+def test_positions_restart_in_each_document() -> None:
+    """Rotary scores are relative, so nothing downstream of attention could tell."""
+    with jax.set_mesh(on()):
+        tokens, documents = put(on(), (np.zeros((B, L), np.int32), DOCUMENTS))
+        got = make_places(tokens, documents)
+        np.testing.assert_array_equal(got.positions_bL, reference.positions(DOCUMENTS, B, L))
+        np.testing.assert_array_equal(got.documents_BL, DOCUMENTS)
+        np.testing.assert_array_equal(make_places(tokens, None).positions_bL, np.arange(L)[None])
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -240,7 +240,7 @@ def test_gpt_oss_is_the_same_on_eight_devices() -> None:
 
 
 def test_a_packed_row_gives_the_logits_of_its_documents_alone() -> None:
-    """Positions restart: a document is the same wherever in a row it stands."""
+    """A document is the same wherever in a row it stands."""
     cfg = CONFIGS["dense"]
     tokens, _, documents = batch(True)
     rows = [(row, n) for row in range(B) for n in range(1, 1 + documents[row].max())]
