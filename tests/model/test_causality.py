@@ -147,12 +147,14 @@ def test_the_loss_at_a_position_is_of_what_comes_before_its_target(packed: bool)
     wanted = seen(None, documents)[0]
     mesh = on()
     with jax.set_mesh(mesh):
-        args = put(mesh, (tokens[:, :-1].astype(np.int32), tokens[:, 1:].astype(np.int32)))
+        inputs, targets = put(
+            mesh, (tokens[:, :-1].astype(np.int32), tokens[:, 1:].astype(np.int32))
+        )
         placed = None if documents is None else put(mesh, documents)
 
         def f(embed: Any, weights: Any) -> Any:
             p = params.replace(embed_VD=embed)
-            sums, stats = lm_loss(p, *args, weights, cfg, placed)
+            sums, stats = lm_loss(p, inputs, targets, weights, cfg, placed)
             return sums.total, stats.mtp_nll
 
         pull = jax.jit(jax.grad(f, has_aux=True))

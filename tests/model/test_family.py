@@ -243,6 +243,7 @@ def test_a_packed_row_gives_the_logits_of_its_documents_alone() -> None:
     """A document is the same wherever in a row it stands."""
     cfg = CONFIGS["dense"]
     tokens, _, documents = batch(True)
+    assert documents is not None
     rows = [(row, n) for row in range(B) for n in range(1, 1 + documents[row].max())]
     both = np.zeros((2, B + len(rows), L), np.int32)  # tokens and documents, packed then alone
     both[:, :B] = tokens[:, :L], documents

@@ -31,7 +31,7 @@ CFG = ModelConfig(
 )
 B, L = 2, 12
 ROPE = RopeConfig(theta=100.0)
-ROWS_1L = np.arange(L, dtype=np.int32)[None]  # positions
+ROWS_1L: Any = np.arange(L, dtype=np.int32)[None]  # positions
 
 
 def normal(seed: int, *shape: int) -> jax.Array:

@@ -45,7 +45,7 @@ def test_a_scaling_is_its_formula(name: str) -> None:
     assert score_scale(cfg, WIDTH) == pytest.approx(of_scores / math.sqrt(WIDTH))
     x = jax.random.normal(jax.random.key(0), (2, 5, 3, WIDTH))
     positions = np.array([[0, 1, 2, 0, 1], [7, 30, 2, 90, 0]], np.int32)
-    turned = rope(x, positions, cfg)
+    turned = rope(x, jax.numpy.asarray(positions), cfg)
     assert_close(turned, reference.rope(x, positions, cfg))
     # Position 0 only has the factor, wherever in the row it stands.
     for row, at in ((0, 0), (0, 3), (1, 4)):
