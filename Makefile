@@ -11,8 +11,9 @@ PYTEST_ARGS ?=
 train: $(VENV)/installed
 	$(BIN)/python -m jaxmoe.train $(ARGS)
 
+# Two processes: compiling, most of the time, uses little more than a core.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 # Against transformers on torch's CPU side: about 2 GB to install, minutes to run.
 test-parity: $(VENV)/installed-parity

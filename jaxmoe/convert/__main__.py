@@ -108,12 +108,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     out.add_argument("--dtype", choices=transfer.DTYPES, help="default: as stored")
     out.add_argument(
-        "--shard-bytes", type=int, default=transfer.SHARD, metavar="N", help="of a file at most"
+        "--shard-bytes",
+        type=_positive,
+        default=transfer.SHARD,
+        metavar="N",
+        help="of a file at most",
     )
     for command in (into, out):
         command.add_argument("--to", type=Path, required=True, metavar="DIR", help="is created")
         command.add_argument("--json", action="store_true", help="one line of JSON, no bar")
     return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ def _differences(ours: ModelConfig, read: ModelConfig) -> list[str]:
 
 
 def _same_dense_width(read: ModelConfig, ours: ModelConfig) -> ModelConfig:
-    """0 and d_ff are two ways to say the same; without experts d_ff is the width of nothing else."""
+    """0 and d_ff are two ways to say the same; without experts, d_ff says nothing else."""
     same = (read.d_ff_dense or read.d_ff) == (ours.d_ff_dense or ours.d_ff)
     no_dense = ours.first_dense == 0 and ours.moe_every == 1 and not ours.is_dense
     if same and ours.is_dense:

@@ -16,6 +16,8 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 BLOCK = 128
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 FP4 = np.concatenate([E2M1, -E2M1])
+BYTES = np.arange(256)
+PAIRS = np.stack([FP4[BYTES & 15], FP4[BYTES >> 4]], axis=-1)  # the two values of a byte
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,7 @@ class MxFp4:
         blocks, scales = self.blocks.read(start, stop), self.scales.read(start, stop)
         result = np.empty((len(blocks), *self.shape[1:]), self.dtype)
         for e in range(len(blocks)):
-            pairs = np.stack([FP4[blocks[e] & 15], FP4[blocks[e] >> 4]], axis=-1)
-            values = pairs.reshape(*blocks[e].shape[:2], -1)
+            values = PAIRS[blocks[e]].reshape(*blocks[e].shape[:2], -1)
             values *= np.ldexp(np.float32(1), scales[e].astype(np.int32) - 127)[..., None]
             result[e] = values.reshape(len(values), -1).T.astype(self.dtype)
         return result

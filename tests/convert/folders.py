@@ -16,7 +16,7 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 Tensors = dict[str, np.ndarray]
 
 _SIZES: Json = {
-    "hidden_size": 12,
+    "hidden_size": 16,
     "intermediate_size": 10,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -41,7 +41,7 @@ _MLA: Json = {
     "quantization_config": None,
 }
 _OWN: dict[str, tuple[str, Json]] = {
-    "mixtral": ("Mixtral-8x7B-v0.1", {"num_local_experts": 5}),
+    "mixtral": ("Mixtral-8x7B-v0.1", {"num_local_experts": 5, "head_dim": 6}),
     "olmoe": ("OLMoE-1B-7B-0924", {"num_experts": 5, "num_experts_per_tok": 2}),
     "qwen3_moe": (
         "Qwen3-30B-A3B",

@@ -42,8 +42,8 @@ def test_where_values_lie(tmp_path: Path) -> None:
     ours = convert(tmp_path, SMALL["qwen3_moe"], theirs)
     layer, expert = 2, 3
     base = f"model.layers.{layer}"
-    wk = theirs[f"{base}.self_attn.k_proj.weight"]  # 2 heads of 6, from 12
-    wo = theirs[f"{base}.self_attn.o_proj.weight"]  # to 12, from 4 heads of 6
+    wk = theirs[f"{base}.self_attn.k_proj.weight"]  # 2 heads of 6, from 16
+    wo = theirs[f"{base}.self_attn.o_proj.weight"]  # to 16, from 4 heads of 6
     pairs = {
         "embed_VD": theirs["model.embed_tokens.weight"],
         "head_DV": theirs["lm_head.weight"].T,
@@ -89,7 +89,7 @@ def test_mixed_and_other_dtypes_rest_in_float32(tmp_path: Path) -> None:
     dtype = lambda leaf: ours.array(leaf).dtype.numpy_dtype  # noqa: E731
     assert dtype("layers/0/0/attention/wq_DNH") == dtype("final_norm_D") == np.float32
     assert dtype("layers/0/0/attention/wk_DKH") == BF16
-    got = ours.read("layers/0/0/attention/wq_DNH", (1,)).reshape(12, -1).T
+    got = ours.read("layers/0/0/attention/wq_DNH", (1,)).reshape(16, -1).T
     np.testing.assert_array_equal(got, tensors[MATRIX])
     np.testing.assert_array_equal(ours.read("final_norm_D"), tensors[norm].astype(np.float32))
 
@@ -97,7 +97,7 @@ def test_mixed_and_other_dtypes_rest_in_float32(tmp_path: Path) -> None:
 def test_large_matrices_pass_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slabs, chunks and what is in flight far smaller than a tensor, both ways."""
     for module in ("transfer.SLAB", "store.CHUNK", "store.IN_FLIGHT"):
-        monkeypatch.setattr(f"jaxmoe.convert.{module}", 17)
+        monkeypatch.setattr(f"jaxmoe.convert.{module}", 70)
     monkeypatch.setattr("jaxmoe.convert.store.ROWS", 3)
     for name in ("gpt_oss", "deepseek_v3"):
         (tmp_path / name).mkdir()
@@ -138,12 +138,12 @@ def test_missing_unknown_and_misshapen_tensors_are_named_at_once(tmp_path: Path)
     tensors = draw(SMALL["mixtral"])
     gone = "model.layers.2.block_sparse_moe.experts.4.w2.weight"
     del tensors[gone]
-    tensors["model.layers.3.input_layernorm.weight"] = np.zeros(12, BF16)
+    tensors["model.layers.3.input_layernorm.weight"] = np.zeros(16, BF16)
     tensors[MATRIX] = tensors[MATRIX].T.copy()
     text = refused(tmp_path, SMALL["mixtral"], tensors)
     assert f"1 missing: {gone}" in text
     assert "1 unknown: model.layers.3.input_layernorm.weight" in text
-    assert f"1 misshapen: {MATRIX} is 12 x 24, not 24 x 12" in text.replace("12 x 12", "24 x 12")
+    assert f"1 misshapen: {MATRIX} is 16 x 24, not 24 x 16" in text
 
 
 def test_many_are_counted(tmp_path: Path) -> None:

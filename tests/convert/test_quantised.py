@@ -73,9 +73,11 @@ def test_float8_blocks(tmp_path: Path, shape: tuple[int, int]) -> None:
 
 def test_every_float8_code(tmp_path: Path) -> None:
     values = np.arange(256, dtype=np.uint8).reshape(2, 128)
-    save(tmp_path, {"w": values.view(F8), "w_scale_inv": np.float32([[3.0]])})
+    save(tmp_path, {"w": values.view(F8), "w_scale_inv": np.full((1, 1), 3.0, np.float32)})
     got = quantised.unpacked(safetensors.tensors(tmp_path))["w"].read().astype(np.float32)
-    np.testing.assert_array_equal(got, float8(values, np.float32([[3.0]])).astype(np.float32))
+    np.testing.assert_array_equal(
+        got, float8(values, np.full((1, 1), 3.0, np.float32)).astype(np.float32)
+    )
     assert np.isnan(got).sum() == 2
 
 
