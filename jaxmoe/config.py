@@ -119,6 +119,9 @@ class ModelConfig(_Strict):
     swiglu_limit: Annotated[float, Field(gt=0)] = 7.0  # clamped_swiglu
     swiglu_alpha: Annotated[float, Field(gt=0)] = 1.702  # clamped_swiglu
     expert_bias: bool = False
+    # blocked: loops over blocks of rows (model/blocked.py); batched: equal slots for all experts
+    # (model/moe.py); auto: blocked on CPU, batched elsewhere.
+    expert_path: Literal["auto", "blocked", "batched"] = "auto"
     router: RouterConfig = field(default_factory=RouterConfig)
 
     # Loss

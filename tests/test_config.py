@@ -73,6 +73,7 @@ MODEL = ModelConfig(
     swiglu_limit=6.0,
     swiglu_alpha=1.5,
     expert_bias=True,
+    expert_path="blocked",
     router=RouterConfig(
         score="sigmoid",
         norm_top_k=False,

@@ -19,6 +19,7 @@ class Plan:
 
     slot_tA: Array  # int32, expert * C + rank; E * C for a choice without a slot
     token_S: Array  # int32, S = E * C: the token in each slot; t for an empty slot
+    choice_S: Array  # int32: token * A + choice in each slot; t * A for an empty slot
 
 
 def make_plan(ids_tA: Array, n_experts: int, capacity: int) -> Plan:
@@ -40,11 +41,21 @@ def make_plan(ids_tA: Array, n_experts: int, capacity: int) -> Plan:
     place_EC = start_E[:, None] + jnp.arange(capacity)[None, :]
     filled_EC = jnp.arange(capacity)[None, :] < load_E[:, None]
     choice_EC = order_n.at[place_EC].get(mode="fill", fill_value=0)
-    token_EC = jnp.where(filled_EC, choice_EC // a, t)
+    choice_EC = jnp.where(filled_EC, choice_EC, t * a).astype(jnp.int32)
     return Plan(
         slot_tA=slot_n.reshape(t, a).astype(jnp.int32),
-        token_S=token_EC.reshape(-1).astype(jnp.int32),
+        token_S=choice_EC.reshape(-1) // a,
+        choice_S=choice_EC.reshape(-1),
     )
+
+
+def make_sorted_plan(ids_tA: Array) -> Plan:
+    """As many slots as choices, by (expert, token, choice): nothing is empty."""
+    t, a = ids_tA.shape
+    choice_S = jnp.argsort(ids_tA.reshape(-1), stable=True).astype(jnp.int32)
+    places_S = jnp.arange(t * a, dtype=jnp.int32)
+    slot_n = jnp.zeros_like(choice_S).at[choice_S].set(places_S, unique_indices=True)
+    return Plan(slot_tA=slot_n.reshape(t, a), token_S=choice_S // a, choice_S=choice_S)
 
 
 def expert_load(ids_tA: Array, n_experts: int) -> Array:
@@ -55,16 +66,16 @@ def expert_load(ids_tA: Array, n_experts: int) -> Array:
 @jax.custom_vjp
 def to_slots(x_tD: Array, plan: Plan) -> Array:
     """x_SD: each slot's token row; zeros in an empty slot."""
-    return _take(x_tD, plan.token_S)
+    return take(x_tD, plan.token_S)
 
 
 def _to_slots_fwd(x_tD: Array, plan: Plan) -> tuple[Array, Plan]:
-    return _take(x_tD, plan.token_S), plan
+    return take(x_tD, plan.token_S), plan
 
 
 def _to_slots_bwd(plan: Plan, dx_SD: Array) -> tuple[Array, None]:
     # In float32: a token's A gradients are added, whatever the compute dtype.
-    dx_tAD = _take(dx_SD, plan.slot_tA).astype(jnp.float32)
+    dx_tAD = take(dx_SD, plan.slot_tA).astype(jnp.float32)
     return dx_tAD.sum(1).astype(dx_SD.dtype), None
 
 
@@ -78,7 +89,7 @@ def from_slots(y_SD: Array, weights_tA: Array, plan: Plan) -> Array:
 
 
 def _combine(y_SD: Array, weights_tA: Array, plan: Plan) -> Array:
-    y_tAD = _take(y_SD, plan.slot_tA).astype(jnp.float32)
+    y_tAD = take(y_SD, plan.slot_tA).astype(jnp.float32)
     return (y_tAD * weights_tA[..., None]).sum(1).astype(y_SD.dtype)
 
 
@@ -93,19 +104,24 @@ def _from_slots_bwd(
 ) -> tuple[Array, Array, None]:
     y_SD, weights_tA, plan = residuals
     t, a = weights_tA.shape
-    y_tAD = _take(y_SD, plan.slot_tA).astype(jnp.float32)
+    y_tAD = take(y_SD, plan.slot_tA).astype(jnp.float32)
     dweights_tA = (y_tAD * dy_tD[:, None, :].astype(jnp.float32)).sum(-1)
     # A slot's weight: its choice is the one of its token's A that points back at the slot.
-    slots_SA = _take(plan.slot_tA, plan.token_S, fill=-1)
+    slots_SA = take(plan.slot_tA, plan.token_S, fill=-1)
     mine_SA = slots_SA == jnp.arange(y_SD.shape[0], dtype=jnp.int32)[:, None]
-    weight_S = jnp.where(mine_SA, _take(weights_tA, plan.token_S), 0).sum(-1)
-    dy_SD = _take(dy_tD, plan.token_S).astype(jnp.float32) * weight_S[:, None]
+    weight_S = jnp.where(mine_SA, take(weights_tA, plan.token_S), 0).sum(-1)
+    dy_SD = take(dy_tD, plan.token_S).astype(jnp.float32) * weight_S[:, None]
     return dy_SD.astype(y_SD.dtype), dweights_tA, None
 
 
 from_slots.defvjp(_from_slots_fwd, _from_slots_bwd)
 
 
-def _take(rows: Array, index: Array, fill: float = 0) -> Array:
+def sum_of_slots(y_SD: Array, plan: Plan) -> Array:
+    """y_tD: each token's rows added in float32, in the dtype of y."""
+    return take(y_SD, plan.slot_tA).astype(jnp.float32).sum(1).astype(y_SD.dtype)
+
+
+def take(rows: Array, index: Array, fill: float = 0) -> Array:
     """rows[index]; out of bounds gives `fill`."""
     return rows.at[index].get(mode="fill", fill_value=fill)

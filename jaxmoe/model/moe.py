@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxmoe.config import ModelConfig
 from jaxmoe.kernels import dispatch
 from jaxmoe.mesh import BATCH
+from jaxmoe.model import blocked
 from jaxmoe.model.ffn import activate, ffn, ffn_specs
 from jaxmoe.model.remat import rematerialised
 from jaxmoe.model.router import Router, RouterStats, route, router_specs
@@ -111,7 +112,7 @@ def _apply_experts(
 ) -> Array:
     """sum_a weight_a * expert_a(x) for every token."""
     mapped: Any = jax.shard_map(
-        partial(_switch, cfg, _forward_at),
+        partial(_switch, cfg, *_path(cfg)[:1]),
         in_specs=(_ROWS, _ROWS, _ROWS, _WEIGHTS, ()),
         out_specs=_ROWS,
     )
@@ -126,7 +127,7 @@ def _experts_fwd(
 
 def _experts_bwd(cfg: ModelConfig, residuals: Any, dy_BLD: Array) -> tuple[Any, ...]:
     mapped: Any = jax.shard_map(
-        partial(_switch, cfg, _backward_at),
+        partial(_switch, cfg, *_path(cfg)[1:]),
         in_specs=(_ROWS, _ROWS, _ROWS, _WEIGHTS, _ROWS),
         out_specs=(_ROWS, _ROWS, _WEIGHTS),
     )
@@ -138,12 +139,22 @@ _experts: Any = jax.custom_vjp(_apply_experts, nondiff_argnums=(0,))
 _experts.defvjp(_experts_fwd, _experts_bwd)
 
 
+def _path(cfg: ModelConfig) -> tuple[Any, Any]:
+    """Forward and backward at a capacity, by `expert_path`."""
+    on_cpu = jax.default_backend() == "cpu"
+    if cfg.expert_path == "blocked" or (cfg.expert_path == "auto" and on_cpu):
+        return blocked.forward, blocked.backward
+    return _forward_at, _backward_at
+
+
 def _switch(
     cfg: ModelConfig, run: Any, x_blD: Array, weights: Array, ids: Array, w: Experts, ct: Any
 ) -> Any:
     """Runs the branch whose capacity suffices for the largest load of any shard."""
     x_tD = x_blD.reshape(-1, x_blD.shape[-1])
     weights_tA, ids_tA = weights.reshape(-1, cfg.top_k), ids.reshape(-1, cfg.top_k)
+    if run in (blocked.forward, blocked.backward) and jax.lax.axis_size("expert") == 1:
+        return run(cfg, None, x_blD, weights_tA, ids_tA, w, ct)  # nothing travels
     choices = capacities(len(x_tD), cfg)
     # One answer for all devices: the branches hold collectives.
     largest = jax.lax.pmax(dispatch.expert_load(ids_tA, cfg.n_experts).max(), BATCH)

@@ -27,7 +27,7 @@ CONFIG, ARRAYS, TOKENIZER = "config.json", "params", "tokenizer"
 
 # Fields of `model` that no logit depends on.
 TRAINING_ONLY = (
-    *("z_loss_coef", "mtp_coef", "loss_chunk", "dtype", "remat", "router.jitter"),
+    *("z_loss_coef", "mtp_coef", "loss_chunk", "dtype", "remat", "expert_path", "router.jitter"),
     *("router.load_balance_coef", "router.load_balance_scope", "router.z_coef"),
 )
 

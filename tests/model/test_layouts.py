@@ -60,6 +60,8 @@ LAYOUTS = {
 MUON_LAYOUTS = ("data8", "data2_expert2_model2")
 # This one also keeps its activations: rematerialisation must not change a number either.
 WITHOUT_REMAT = "replica2_expert2_model2"
+# Here experts have equal slots, as off CPU; all others loop over blocks of rows.
+BATCHED = ("replica2_data2_expert2", "expert4_model2")
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ def run(optimizer: str, layout: str) -> Run:
     config = CONFIGS[optimizer]
     if layout == WITHOUT_REMAT:
         config = replace(config, model=replace(MODEL, remat="none"))
+    if layout in BATCHED:
+        config = replace(config, model=replace(MODEL, expert_path="batched"))
     mesh = on(**LAYOUTS.get(layout, {}))
     losses, balance, norms, first = [], [], [], None
     with jax.set_mesh(mesh):

@@ -16,7 +16,7 @@ from meshes import ROWS, on, put, put_params
 from reference import assert_close
 
 from jaxmoe import spec as spec_lib
-from jaxmoe.config import ModelConfig, RouterConfig
+from jaxmoe.config import ModelConfig, RouterConfig, replace
 from jaxmoe.model import moe as moe_lib
 
 CFG = ModelConfig(
@@ -25,6 +25,7 @@ CFG = ModelConfig(
     n_experts=8,
     top_k=3,
     expert_bias=True,
+    expert_path="batched",
     router=RouterConfig(bias=True, n_groups=2, top_k_groups=2),
 )
 B, L, D, E, A = 4, 40, 10, 8, 3
@@ -126,10 +127,10 @@ def cases(mesh: Mesh) -> dict[str, tuple[np.ndarray, int]]:
     }
 
 
-@jax.jit
-def dispatched(x: Any, weights: Any, ids: Any, w: Any, ct: Any) -> Any:
+@partial(jax.jit, static_argnums=0)
+def dispatched(cfg: ModelConfig, x: Any, weights: Any, ids: Any, w: Any, ct: Any) -> Any:
     y, pull = jax.vjp(
-        lambda x, weights, w: moe_lib._experts(CFG, x, weights, ids, w), x, weights, w
+        lambda x, weights, w: moe_lib._experts(cfg, x, weights, ids, w), x, weights, w
     )
     return y, pull(ct)
 
@@ -157,8 +158,9 @@ def capacity_taken(x: Any, ids: Any) -> Any:
     )(x, ids)
 
 
+@pytest.mark.parametrize("path", ["batched", "blocked"])
 @pytest.mark.parametrize("where", MESHES)
-def test_dispatch_equals_every_expert_for_every_token(where: str) -> None:
+def test_dispatch_equals_every_expert_for_every_token(where: str, path: Any) -> None:
     """Values and all gradients, whatever the load, through each compiled capacity."""
     mesh = on(**MESHES[where])
     x, weights, ct = rows(4, B, L, D), rows(5, B, L, A), rows(6, B, L, D)
@@ -167,7 +169,7 @@ def test_dispatch_equals_every_expert_for_every_token(where: str) -> None:
     for name, (ids, capacity) in cases(mesh).items():
         with jax.set_mesh(mesh):
             args = put(mesh, (x, weights, ids, w, ct), (ROWS, ROWS, ROWS, WEIGHTS, ROWS))
-            got = dispatched(*args)
+            got = dispatched(replace(CFG, expert_path=path), *args)
             ran = np.unique(capacity_taken(args[0], args[2]))
         assert ran.tolist() == [capacity], name
         taken.add(capacity)

@@ -47,6 +47,7 @@ MODEL = ModelConfig(
     d_ff=18,
     n_experts=12,
     top_k=5,
+    expert_path="batched",
     loss_chunk=8,
 )
 LATENT = ModelConfig(
@@ -59,6 +60,7 @@ LATENT = ModelConfig(
     d_ff=18,
     n_experts=36,
     top_k=5,
+    expert_path="blocked",
     n_shared_experts=3,
     first_dense=2,
     d_ff_dense=54,
@@ -92,6 +94,7 @@ SUNK = ModelConfig(
     top_k=5,
     activation="clamped_swiglu",
     expert_bias=True,
+    expert_path="batched",
     router=RouterConfig(bias=True, load_balance_scope="microbatch"),
     tie_embeddings=True,
     logit_soft_cap=9.0,
@@ -191,12 +194,13 @@ def test_suffixes_are_true(name: str) -> None:
     assert not untrue, "\n".join(sorted(set(untrue)))
 
 
-STEP = "lm_loss attention causal_attention _attend rope route _switch _run _forward look_up"
-STEP += " _to_experts _from_experts _from_slots_bwd _to_slots_bwd _backward_at make_places"
+STEP = "lm_loss attention causal_attention _attend rope route _switch _forward look_up make_places"
+BATCHED = "_run _to_experts _from_experts _from_slots_bwd _to_slots_bwd _backward_at"
+BLOCKED = "forward backward grouped grouped_gradients _one_expert _Sent.rows _Sent.back"
 SEEN = {
-    "uniform": "_grouped_qkv _softmax moe",
-    "latent": "_mla_qkv _mtp _ahead _same_document balanced _jittered _choose ffn",
-    "sunk": "_softmax soft_capped activate _ffn",
+    "uniform": f"{BATCHED} _grouped_qkv _softmax moe",
+    "latent": f"{BLOCKED} _mla_qkv _mtp _ahead _same_document balanced _jittered _choose ffn",
+    "sunk": f"{BATCHED} _softmax soft_capped activate _ffn",
 }
 
 
