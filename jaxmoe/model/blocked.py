@@ -76,7 +76,7 @@ class _Sent:
         self._capacity = capacity
         load_E = dispatch.expert_load(ids_tA, cfg.n_experts)
         if capacity is None:
-            self.plan = dispatch.make_sorted_plan(ids_tA)
+            self.plan = dispatch.make_sorted_plan(ids_tA, cfg.n_experts)
             starts_E = jnp.cumsum(load_E) - load_E
             self.segments = starts_E[:, None], load_E[:, None]
             return

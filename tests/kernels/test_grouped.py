@@ -91,7 +91,7 @@ def test_bfloat16_adds_up_gradients_in_float32() -> None:
 
 def test_the_sorted_plan_has_every_choice_once() -> None:
     ids = np.random.default_rng(0).permuted(np.tile(np.arange(7), (40, 1)), axis=1)[:, :3]
-    plan = dispatch.make_sorted_plan(jnp.asarray(ids, jnp.int32))
+    plan = dispatch.make_sorted_plan(jnp.asarray(ids, jnp.int32), 7)
     order = np.argsort(ids.ravel(), kind="stable")
     np.testing.assert_array_equal(plan.choice_S, order)
     np.testing.assert_array_equal(plan.token_S, order // 3)
