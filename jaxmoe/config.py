@@ -139,6 +139,11 @@ class ModelConfig(_Strict):
         """One expert needs no router."""
         return self.n_experts == 1
 
+    @property
+    def rotary_width(self) -> int:
+        """Of a head: the dims that turn with the position."""
+        return self.d_head if self.mla is None else self.mla.d_rope
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(_Strict):
@@ -355,7 +360,7 @@ def _check_attention(m: ModelConfig) -> None:
         m.global_every == 0 or m.sliding_window is not None,
         f"model.global_every={m.global_every} needs model.sliding_window for the other layers",
     )
-    _check_rope(m.rope, m.d_head if m.mla is None else m.mla.d_rope)
+    _check_rope(m.rope, m.rotary_width)
 
 
 def _check_rope(rope: RopeConfig, width: int) -> None:

@@ -5,7 +5,6 @@ losses, noise, dtypes) is ours alone, and keeps its value.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +13,7 @@ from jaxmoe import config as config_lib
 from jaxmoe.config import MlaConfig, ModelConfig, RopeConfig, RouterConfig
 from jaxmoe.convert.links import Layout
 from jaxmoe.errors import UserError
+from jaxmoe.model.rope import ntk_theta
 from jaxmoe.run.params import TRAINING_ONLY
 
 Json = dict[str, Any]
@@ -178,13 +178,14 @@ def _read_rope(hf: Json, theta: float) -> RopeConfig:
     values: Json = {"factor": float(given["factor"])}
     if original:
         values["original_length"] = int(original)
-    names = {"yarn": YARN, "llama3": LLAMA3}.get(kind, ())
+    names = SCALING[kind]
     values |= {k: given[k] for k in names if given.get(k) is not None}
     return RopeConfig(theta=theta, scaling=kind, **values)
 
 
+# Fields of ours and entries of theirs that have the same name, by the scaling.
 YARN = ("beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim")
-LLAMA3 = ("low_freq_factor", "high_freq_factor")
+SCALING = {"linear": (), "yarn": YARN, "llama3": ("low_freq_factor", "high_freq_factor")}
 
 
 def _write_rope(rope: RopeConfig) -> Json:
@@ -195,7 +196,7 @@ def _write_rope(rope: RopeConfig) -> Json:
             "rope_scaling": None,
             "rope_parameters": {"rope_type": "default", "rope_theta": rope.theta},
         }
-    names = {"yarn": YARN, "llama3": LLAMA3}.get(rope.scaling, ())
+    names = SCALING[rope.scaling]
     scaling = {
         "rope_type": rope.scaling,
         "factor": rope.factor,
@@ -213,8 +214,7 @@ def _without_ntk(cfg: ModelConfig) -> ModelConfig:
     """NTK scaling is another theta (model/rope.py)."""
     if cfg.rope.scaling != "ntk":
         return cfg
-    width = cfg.d_head if cfg.mla is None else cfg.mla.d_rope
-    theta = cfg.rope.theta * math.pow(cfg.rope.factor, width / (width - 2))
+    theta = ntk_theta(cfg.rope, cfg.rotary_width)
     return replace(cfg, rope=RopeConfig(theta=theta))
 
 

@@ -90,17 +90,13 @@ to_slots.defvjp(_to_slots_fwd, _to_slots_bwd)
 @jax.custom_vjp
 def from_slots(y_SD: Array, weights_tA: Array, plan: Plan) -> Array:
     """y_tD: each token's rows, weighted and added in float32, in the dtype of y."""
-    return _combine(y_SD, weights_tA, plan)
-
-
-def _combine(y_SD: Array, weights_tA: Array, plan: Plan) -> Array:
     return sum_of_slots(y_SD, plan, weights_tA)
 
 
 def _from_slots_fwd(
     y_SD: Array, weights_tA: Array, plan: Plan
 ) -> tuple[Array, tuple[Array, Array, Plan]]:
-    return _combine(y_SD, weights_tA, plan), (y_SD, weights_tA, plan)
+    return sum_of_slots(y_SD, plan, weights_tA), (y_SD, weights_tA, plan)
 
 
 def _from_slots_bwd(
@@ -130,6 +126,22 @@ def sum_of_slots(y_SD: Array, plan: Plan, weights_tA: Array | None = None) -> Ar
         y_tD = take(y_SD, plan.slot_tA[:, choice]).astype(jnp.float32)
         total += y_tD if weights_tA is None else y_tD * weights_tA[:, choice, None]
     return total.astype(y_SD.dtype)
+
+
+def to_experts(a: Array, capacity: int) -> Array:
+    """[E * C, ...] of this shard -> [e, shards * C, ...]: all `expert` peers' slots for this
+    device's experts."""
+    rest = a.shape[1:]
+    a = a.reshape(jax.lax.axis_size("expert"), -1, capacity, *rest)
+    a = jax.lax.all_to_all(a, "expert", split_axis=0, concat_axis=0)
+    return jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1, *rest)
+
+
+def from_experts(a: Array, capacity: int) -> Array:
+    """The way back of `to_experts`."""
+    rest = a.shape[2:]
+    a = jnp.moveaxis(a.reshape(len(a), -1, capacity, *rest), 1, 0)
+    return jax.lax.all_to_all(a, "expert", split_axis=0, concat_axis=0).reshape(-1, *rest)
 
 
 def take(rows: Array, index: Array, fill: float = 0) -> Array:

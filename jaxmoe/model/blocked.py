@@ -95,23 +95,16 @@ class _Sent:
         return self._there(dispatch.take(weights_tA.reshape(-1), self.plan.choice_S))
 
     def _there(self, a: Array) -> Array:
-        """[E, C, ...] of this shard -> [e, shards, C, ...], as rows."""
         if self._capacity is None:
             return a
-        rest = a.shape[1:]
-        g = jax.lax.axis_size("expert")
-        a = a.reshape(g, -1, self._capacity, *rest)
-        a = jax.lax.all_to_all(a, "expert", split_axis=0, concat_axis=0)
-        return jnp.moveaxis(a, 0, 1).reshape(-1, *rest)
+        return dispatch.to_experts(a, self._capacity).reshape(-1, *a.shape[1:])
 
     def back(self, a: Array) -> Array:
         """The way back of what `rows` and `weights` gave."""
         if self._capacity is None:
             return a
-        rest = a.shape[1:]
-        g = jax.lax.axis_size("expert")
-        a = jnp.moveaxis(a.reshape(-1, g, self._capacity, *rest), 1, 0)
-        return jax.lax.all_to_all(a, "expert", split_axis=0, concat_axis=0).reshape(-1, *rest)
+        e = len(self.segments[0])
+        return dispatch.from_experts(a.reshape(e, -1, *a.shape[1:]), self._capacity)
 
 
 def _one_expert(cfg: ModelConfig, w: Any, x_rD: Array, weights_r: Array) -> Array:

@@ -112,7 +112,7 @@ def _apply_experts(
 ) -> Array:
     """sum_a weight_a * expert_a(x) for every token."""
     mapped: Any = jax.shard_map(
-        partial(_switch, cfg, *_path(cfg)[:1]),
+        partial(_switch, cfg, _path(cfg)[0]),
         in_specs=(_ROWS, _ROWS, _ROWS, _WEIGHTS, ()),
         out_specs=_ROWS,
     )
@@ -127,7 +127,7 @@ def _experts_fwd(
 
 def _experts_bwd(cfg: ModelConfig, residuals: Any, dy_BLD: Array) -> tuple[Any, ...]:
     mapped: Any = jax.shard_map(
-        partial(_switch, cfg, *_path(cfg)[1:]),
+        partial(_switch, cfg, _path(cfg)[1]),
         in_specs=(_ROWS, _ROWS, _ROWS, _WEIGHTS, _ROWS),
         out_specs=(_ROWS, _ROWS, _WEIGHTS),
     )
@@ -213,9 +213,9 @@ def _run(
     x_blD, weights_tA = jax.lax.pcast((x_blD, weights_tA), "model", to="varying")
     x_tD = x_blD.reshape(-1, x_blD.shape[-1])
     x_SD = dispatch.to_slots(x_tD, plan)
-    x_erD = _to_experts(x_SD, len(w.wgate_EDF), capacity)
+    x_erD = dispatch.to_experts(x_SD, capacity)
     y_erD = _ffn(x_erD, w, cfg)
-    y_SD = _from_experts(y_erD, capacity)
+    y_SD = dispatch.from_experts(y_erD, capacity)
     y_tD = dispatch.from_slots(y_SD, weights_tA, plan)
     # Each `model` shard has summed over its part of F only. Added after the combine, so that a
     # token's row moves once instead of once a choice.
@@ -235,21 +235,6 @@ def _ffn(x_erD: Array, w: Experts, cfg: ModelConfig) -> Array:
         first = jax.lax.axis_index("model") == 0
         y_erD += jnp.where(first, w.bdown_ED, 0)[:, None]
     return y_erD
-
-
-def _to_experts(x_SD: Array, e: int, capacity: int) -> Array:
-    """[E * C, D] of this shard -> [e, shards * C, D]: all peers' rows for this device's experts."""
-    x_geCD = x_SD.reshape(-1, e, capacity, x_SD.shape[-1])
-    x_geCD = jax.lax.all_to_all(x_geCD, "expert", split_axis=0, concat_axis=0)
-    return jnp.moveaxis(x_geCD, 0, 1).reshape(e, -1, x_SD.shape[-1])
-
-
-def _from_experts(y_erD: Array, capacity: int) -> Array:
-    """The way back of `_to_experts`."""
-    e, _, d = y_erD.shape
-    y_geCD = jnp.moveaxis(y_erD.reshape(e, -1, capacity, d), 1, 0)
-    y_geCD = jax.lax.all_to_all(y_geCD, "expert", split_axis=0, concat_axis=0)
-    return y_geCD.reshape(-1, d)
 
 
 def _round_up(n: int, multiple: int) -> int:

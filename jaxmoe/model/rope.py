@@ -33,9 +33,7 @@ def frequencies(cfg: RopeConfig, width: int) -> tuple[np.ndarray, float]:
     llama3: by wavelength against the original length, smooth in between (Llama 3.1).
     """
     exponent_h = np.arange(width // 2, dtype=np.float64) / (width // 2)
-    theta = cfg.theta
-    if cfg.scaling == "ntk":
-        theta *= cfg.factor ** (width / (width - 2))
+    theta = ntk_theta(cfg, width) if cfg.scaling == "ntk" else cfg.theta
     plain_h = theta**-exponent_h
     if cfg.scaling == "linear":
         plain_h = plain_h / cfg.factor
@@ -48,6 +46,11 @@ def frequencies(cfg: RopeConfig, width: int) -> tuple[np.ndarray, float]:
         keep_h = np.clip((turns_h - low) / (high - low), 0, 1)
         plain_h = plain_h * (keep_h + (1 - keep_h) / cfg.factor)
     return plain_h.astype(np.float32), _attention_factor(cfg)
+
+
+def ntk_theta(cfg: RopeConfig, width: int) -> float:
+    """The base under which unscaled frequencies are those of NTK scaling."""
+    return cfg.theta * cfg.factor ** (width / (width - 2))
 
 
 def score_scale(cfg: RopeConfig, width: int) -> float:

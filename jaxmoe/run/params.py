@@ -7,6 +7,7 @@ process reads the slices that its devices hold, and nothing else.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from jaxmoe.run.checkpoint import ITEMS
 from jaxmoe.spec import is_spec
 
 FORMAT = "jaxmoe-params-1"
-CONFIG, ARRAYS, TOKENIZER = "config.json", "params", "tokenizer"
+CONFIG, ARRAYS, TOKENIZER = record.CONFIG, "params", "tokenizer"
 
 # Fields of `model` that no logit depends on.
 TRAINING_ONLY = (
@@ -43,8 +44,13 @@ class Params:
     """
 
     def __init__(
-        self, model: ModelConfig, kvstore: str | dict[str, Any], about: dict[str, Any], where: Path
+        self,
+        model: ModelConfig,
+        kvstore: Callable[[str], Any],
+        about: dict[str, Any],
+        where: Path,
     ) -> None:
+        """`kvstore(leaf with dots)` is the tensorstore spec of where the leaf lies."""
         self.model, self.about, self.where = model, about, where
         self.tokenizer: Path | None = None
         self.seq_len: int | None = None
@@ -58,7 +64,7 @@ class Params:
             UserError: there is no such leaf.
         """
         if name not in self._open:
-            spec = {"driver": "zarr", "kvstore": self._path(name.replace("/", ".") + "/")}
+            spec = {"driver": "zarr", "kvstore": self._kvstore(name.replace("/", "."))}
             try:
                 self._open[name] = tensorstore.open(spec, read=True, open=True).result()
             except ValueError as error:
@@ -105,11 +111,6 @@ class Params:
 
         return tree.map_named(one, abstract)
 
-    def _path(self, tail: str) -> Any:
-        if isinstance(self._kvstore, dict):
-            return {**self._kvstore, "path": tail}
-        return self._kvstore + tail
-
 
 def open_params(where: Path) -> Params:
     """A folder of parameters, a run's folder (its newest whole checkpoint), or one checkpoint of a
@@ -135,7 +136,7 @@ def open_params(where: Path) -> Params:
             f"{where}: no parameters here ({error}); give a folder that jaxmoe.convert wrote, or a"
             " run's"
         ) from error
-    params = Params(model, f"file://{where / ARRAYS}/", about, where)
+    params = Params(model, lambda leaf: f"file://{where / ARRAYS / leaf}/", about, where)
     tokenizer = where / TOKENIZER
     params.tokenizer = tokenizer if tokenizer.is_dir() else None
     return params
@@ -144,17 +145,15 @@ def open_params(where: Path) -> Params:
 def _of_run(run_dir: Path, checkpoint: Path) -> Params:
     config = record.read_config(run_dir)
     base = f"file://{checkpoint / 'state'}/"
-    kvstore = {"driver": "ocdbt", "base": base}
-    params = _OfRun(config.model, kvstore, {}, checkpoint)
+
+    def kvstore(leaf: str) -> dict[str, str]:
+        return {"driver": "ocdbt", "base": base, "path": f"params.{leaf}/"}
+
+    params = Params(config.model, kvstore, {}, checkpoint)
     params.seq_len = config.train.seq_len
     tokenizer = run_dir / record.TOKENIZER
     params.tokenizer = tokenizer if tokenizer.is_file() else None
     return params
-
-
-class _OfRun(Params):
-    def _path(self, tail: str) -> Any:
-        return super()._path("params." + tail)
 
 
 def _newest(folder: Path) -> Path:

@@ -195,8 +195,9 @@ def test_suffixes_are_true(name: str) -> None:
 
 
 STEP = "lm_loss attention causal_attention _attend rope route _switch _forward look_up make_places"
-BATCHED = "_run _to_experts _from_experts _from_slots_bwd _to_slots_bwd _backward_at"
+BATCHED = "_run to_experts from_experts _from_slots_bwd _to_slots_bwd _backward_at"
 BLOCKED = "forward backward grouped grouped_gradients _one_expert _Sent.rows _Sent.back"
+BLOCKED += " to_experts from_experts"
 SEEN = {
     "uniform": f"{BATCHED} _grouped_qkv _softmax moe",
     "latent": f"{BLOCKED} _mla_qkv _mtp _ahead _same_document balanced _jittered _choose ffn",
