@@ -68,8 +68,10 @@ def run(config: Config, run_dir: Path, resume: str) -> int:
     mesh_lib.shardings(lm_specs(config.model), mesh)
     mesh_lib.check_batch(mesh, "train.batch_size", config.train.batch_size)
     mesh_lib.check_batch(mesh, "eval.batch_size", config.eval.batch_size)
-    if config.checkpoint.init_from is not None:
-        open_params(Path(config.checkpoint.init_from)).check(lm_specs(config.model))
+    origin = None
+    if config.checkpoint.init_from is not None and not record.has_checkpoint(run_dir):
+        origin = open_params(Path(config.checkpoint.init_from))
+        origin.check(lm_specs(config.model))
     writes = jax.process_index() == 0
     if (result := record.finished(run_dir)) is not None:
         if writes:
@@ -82,7 +84,7 @@ def run(config: Config, run_dir: Path, resume: str) -> int:
     view = display(writes=writes)
     try:
         with jax.set_mesh(mesh):
-            trainer = Trainer(config, mesh, corpus, run_dir, view, peak)
+            trainer = Trainer(config, mesh, corpus, run_dir, view, peak, origin)
             state = trainer.prepare()
             _describe(config, trainer, peak, view)
             outcome = trainer.run(state)

@@ -27,7 +27,7 @@ from jaxmoe.run import record
 from jaxmoe.run.checkpoint import Checkpoints
 from jaxmoe.run.forecasting import ForecastHook
 from jaxmoe.run.meter import Meter
-from jaxmoe.run.params import open_params
+from jaxmoe.run.params import Params, open_params
 from jaxmoe.run.progress import Display
 from jaxmoe.run.record import RunRecord
 from jaxmoe.run.state import TrainState, abstract_state, init_state
@@ -59,8 +59,11 @@ class Trainer:
         run_dir: Path,
         display: Display,
         peak: float,
+        origin: Params | None = None,
     ) -> None:
+        """`origin`: the parameters at `checkpoint.init_from`, where they are open already."""
         self.config, self.mesh, self.corpus, self.display = config, mesh, corpus, display
+        self.origin = origin
         self.record = RunRecord(run_dir, writes=jax.process_index() == 0)
         self.stream = Stream(corpus.train, config.train.seq_len, config.seed)
         self.held_out = heldout_batches(
@@ -94,10 +97,10 @@ class Trainer:
 
     def _fresh(self) -> TrainState:
         """A state at step 0, its parameters drawn, or read where the config says."""
-        origin = self.config.checkpoint.init_from
-        if origin is None:
+        place = self.config.checkpoint.init_from
+        if place is None:
             return init_state(self.config, self.mesh)
-        stored = open_params(Path(origin))
+        stored = self.origin or open_params(Path(place))
         params = stored.load(abstract_state(self.config, self.mesh).params)
         for line in stored.differences(self.config.model):
             self._event("init", 0, f"trained on with another model.{line}")

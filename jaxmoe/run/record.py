@@ -58,6 +58,11 @@ def check_directory(run_dir: Path, config: Config, resume: str) -> None:
         )
 
 
+def has_checkpoint(run_dir: Path) -> bool:
+    """Whether there is one to go on from; it need not be whole."""
+    return any(f.name.isdigit() for f in (run_dir / CHECKPOINTS).glob("*"))
+
+
 def check_data(run_dir: Path, fingerprint: str) -> None:
     """Raises UserError if the run in the directory was trained on other data."""
     file = run_dir / ENVIRONMENT

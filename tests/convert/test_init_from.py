@@ -127,6 +127,8 @@ def test_an_interrupted_fresh_run_goes_on_and_does_not_start_over(
     items = sets(*MESH, *SHORT, f"checkpoint.init_from={returned}")
     done = run(train(moved, *items), text_cache)
     assert done.returncode == 0 and "is finished" in done.stdout
+    gone = run(train(moved, *sets(*MESH, *SHORT, "checkpoint.init_from=/gone")), text_cache)
+    assert gone.returncode == 0 and "is finished" in gone.stdout
 
 
 def test_params_of_another_format_are_refused(tmp_path: Path) -> None:
