@@ -9,9 +9,7 @@ import ast
 import dataclasses
 import difflib
 import hashlib
-import importlib.util
 import json
-import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +18,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from jaxmoe import attention_paths
+from jaxmoe.config_file import import_file
 from jaxmoe.errors import UserError
 
 __all__ = ["Config", "apply_sets", "check", "diff", "fingerprint", "from_json", "load", "replace"]
@@ -106,6 +106,8 @@ class ModelConfig(_Strict):
     attention_soft_cap: Annotated[float, Field(gt=0)] | None = None  # cap * tanh(score / cap)
     sliding_window: Positive | None = None  # positions seen, itself included
     global_every: Natural = 0  # every so many layers one sees all positions; 0: none does
+    # auto: the first of cudnn and splash that can do it, or chunked (attention_paths.py).
+    attention_path: Literal["auto", "chunked", "cudnn", "splash"] = "auto"
 
     # Feed-forward: n_experts = 1 is a dense model
     d_ff: Positive = 128  # F, of one expert
@@ -119,9 +121,13 @@ class ModelConfig(_Strict):
     swiglu_limit: Annotated[float, Field(gt=0)] = 7.0  # clamped_swiglu
     swiglu_alpha: Annotated[float, Field(gt=0)] = 1.702  # clamped_swiglu
     expert_bias: bool = False
-    # blocked: loops over blocks of rows (model/blocked.py); batched: equal slots for all experts
-    # (model/moe.py); auto: blocked on CPU, batched elsewhere.
-    expert_path: Literal["auto", "blocked", "batched"] = "auto"
+    # blocked: loops over blocks of rows (model/blocked.py); kernel: grouped matmuls in Pallas
+    # (model/sorted_experts.py); batched: equal slots for all experts (model/moe.py); auto: blocked
+    # on CPU, kernel on GPU and TPU, batched there with matmul=float8.
+    expert_path: Literal["auto", "blocked", "kernel", "batched"] = "auto"
+    # How rows reach the devices of their experts (kernels/exchange.py); auto: the way that moves
+    # fewer rows, of all_to_all and all_gather.
+    expert_exchange: Literal["auto", "all_to_all", "all_gather", "ragged"] = "auto"
     router: RouterConfig = field(default_factory=RouterConfig)
 
     # Loss
@@ -132,6 +138,8 @@ class ModelConfig(_Strict):
     loss_chunk: Positive = 64  # positions of a sequence whose logits live at one time
 
     dtype: Literal["float32", "bfloat16"] = "float32"  # of compute; parameters rest in float32
+    # Operands of the layers' matmuls with weights (kernels/low_precision.py).
+    matmul: Literal["plain", "float8"] = "plain"
     remat: Literal["none", "full"] = "full"
 
     @property
@@ -246,7 +254,7 @@ def load(spec: str) -> Config:
     if not path.is_file():
         raise UserError(f"--config {file}: no such file; configs/ has some to start from")
     function = function or path.stem
-    module = _import_file(path)
+    module = import_file(path)
     build = getattr(module, function, None)
     if not callable(build):
         near = _nearest(function, [n for n in vars(module) if not n.startswith("_")])
@@ -321,6 +329,7 @@ def check(config: Config) -> None:
     """Rules that span fields. Device counts are checked where devices are known (mesh.py)."""
     m, mesh = config.model, config.mesh
     _check_attention(m)
+    attention_paths.check(m, config.data.document_mask)
     _check_experts(m)
     _divides("model.loss_chunk", m.loss_chunk, "train.seq_len", config.train.seq_len)
     if not m.is_dense:
@@ -392,6 +401,15 @@ def _check_experts(m: ModelConfig) -> None:
         f"model.moe_every={m.moe_every} is more than the layers after model.first_dense="
         f"{m.first_dense} of model.n_layers={m.n_layers}, so that none has experts",
     )
+    _require(
+        m.expert_path != "batched" or m.expert_exchange in ("auto", "all_to_all"),
+        f"model.expert_exchange={m.expert_exchange} does not give model.expert_path=batched its"
+        " equal slots; set it to all_to_all",
+    )
+    _require(
+        m.expert_path != "kernel" or m.matmul == "plain",
+        f"model.matmul={m.matmul} is not built for model.expert_path=kernel; set that to batched",
+    )
     _divides("model.router.n_groups", r.n_groups, "model.n_experts", e)
     _require(
         r.top_k_groups <= r.n_groups,
@@ -417,25 +435,6 @@ def _require(holds: bool, message: str) -> None:
 
 def _divides(small_name: str, small: int, big_name: str, big: int) -> None:
     _require(big % small == 0, f"{small_name}={small} does not divide {big_name}={big}")
-
-
-def _import_file(path: Path) -> Any:
-    # Named by location, so that two files of the same stem do not collide in sys.modules.
-    name = "jaxmoe_config_" + hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    folder = str(path.resolve().parent)
-    sys.path.insert(0, folder)  # a config may import its parents from the same folder
-    try:
-        spec.loader.exec_module(module)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"--config {path}: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(folder)
-    return module
 
 
 def _literal(text: str) -> Any:

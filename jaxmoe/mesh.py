@@ -154,6 +154,29 @@ def global_array(mesh: Mesh, shape: tuple[int, ...], rows: Any) -> jax.Array:
     return jax.make_array_from_callback(shape, batch_sharding(mesh, len(shape)), shard)
 
 
+def varying(*arrays: jax.Array) -> frozenset[str]:
+    """Mesh axes over which any of the arrays differs, inside of shard_map; none outside."""
+    return frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))
+
+
+def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Inside of shard_map: each array marked as different wherever one of them is. A cast that is
+    written out has a transpose, and custom VJPs need it."""
+    over = varying(*arrays)
+    return tuple(jax.lax.pcast(a, tuple(over - varying(a)), to="varying") for a in arrays)
+
+
+def platform() -> str:
+    """Of the devices that the trace is for: those of the mesh, which may not be here."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:  # no mesh, or one without devices
+        name = jax.default_backend()
+        kind = jax.devices()[0].device_kind
+    else:
+        name, kind = device.platform, device.device_kind
+    return "an AMD GPU" if name == "gpu" and kind.startswith("AMD") else name
+
+
 def concrete(abstract_tree: Any, mesh: Mesh) -> Any:
     """Puts a tree of abstract arrays on `mesh`.
 

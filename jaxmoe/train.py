@@ -16,14 +16,14 @@ import jaxmoe
 from jaxmoe import config as config_lib
 from jaxmoe import mesh as mesh_lib
 from jaxmoe.config import Config
-from jaxmoe.data.cache import Corpus, prepare
+from jaxmoe.data.cache import Corpus, cache_root, prepare
 from jaxmoe.errors import UserError
 from jaxmoe.forecast import register
 from jaxmoe.forecast.score import score
 from jaxmoe.model.cost import cost
 from jaxmoe.model.lm import lm_specs
 from jaxmoe.optim import relative_path
-from jaxmoe.run import platform, record
+from jaxmoe.run import platform, record, xla
 from jaxmoe.run.loop import Outcome, Trainer
 from jaxmoe.run.params import open_params
 from jaxmoe.run.progress import Display, clock, display
@@ -64,6 +64,7 @@ def run(config: Config, run_dir: Path, resume: str) -> int:
     config_lib.check(config)
     record.check_directory(run_dir, config, resume)
     platform.start(config)
+    xla.keep_compiled(cache_root(config.data))
     mesh = mesh_lib.build(config.mesh)
     mesh_lib.shardings(lm_specs(config.model), mesh)
     mesh_lib.check_batch(mesh, "train.batch_size", config.train.batch_size)

@@ -65,6 +65,7 @@ MODEL = ModelConfig(
     attention_soft_cap=30.0,
     sliding_window=5,
     global_every=2,
+    attention_path="chunked",
     n_shared_experts=1,
     first_dense=1,
     moe_every=2,
@@ -74,6 +75,7 @@ MODEL = ModelConfig(
     swiglu_alpha=1.5,
     expert_bias=True,
     expert_path="blocked",
+    expert_exchange="all_gather",
     router=RouterConfig(
         score="sigmoid",
         norm_top_k=False,
@@ -291,6 +293,14 @@ def test_unknown_json_key_names_the_nearest() -> None:
             with_model(rope=RopeConfig(scaling="llama3", factor=2.0, low_freq_factor=4.0)),
             r"model\.rope\.low_freq_factor=4\.0 must be less",
         ),
+        (
+            with_model(attention_path="cudnn"),
+            r"attention_path=cudnn: cuDNN has no model\.attention_soft_cap; set it to auto",
+        ),
+        (
+            with_model(attention_path="cudnn", attention_soft_cap=None, dtype="float32"),
+            r"cuDNN computes in bfloat16, not in model\.dtype=float32",
+        ),
         # Experts
         (with_model(first_dense=3), r"first_dense=3 leaves none of model\.n_layers=3 experts"),
         (with_model(moe_every=3), r"moe_every=3 is more than the layers after .* none has experts"),
@@ -320,6 +330,9 @@ def test_what_the_rules_allow() -> None:
     """Each next to one that is refused above."""
     check(with_mla())
     check(with_model(n_kv_heads=1))  # multi-query: the one head is on every `model` shard
+    check(with_model(attention_path="splash"))  # whether this is a TPU is not asked here
+    plain = {"attention_soft_cap": None, "attention_sinks": False}
+    check(with_model(attention_path="cudnn", **plain))
     check(with_model(d_ff_dense=0))
     check(with_model(sliding_window=None, global_every=0))
     check(with_model(rope=RopeConfig(scaling="linear", factor=2.0)))

@@ -67,7 +67,7 @@ def prepare(
     report("list", 0.0)
     listing = sources.installed() if config.path is None else sources.folder(config.path)
     report("list", 1.0)
-    root = _root(config)
+    root = cache_root(config)
     folder = root / _key(config, vocab_size, listing)
     try:
         return _open(folder, verify)
@@ -169,7 +169,8 @@ def _check(path: Path, expected: Mapping[str, Any], verify: bool) -> None:
             raise _Broken(f"{path.name} has changed: its SHA-256 is {found}")
 
 
-def _root(config: DataConfig) -> Path:
+def cache_root(config: DataConfig) -> Path:
+    """Where prepared data and compiled programs are kept."""
     named = config.cache or os.environ.get("JAXMOE_CACHE") or "~/.cache/jaxmoe"
     return Path(named).expanduser().resolve()
 

@@ -13,16 +13,27 @@ import jax
 import jax.numpy as jnp
 
 Array = jax.Array
-# (parameters of one group, rows [r, D], weights [r]) -> rows [r, D]
+# (packed parameters of one group, rows [r, D], weights [r]) -> rows [r, D]
 Rowwise = Callable[[Any, Array, Array], Array]
+Pack = Callable[[Any], Any]
 
-# Rows at a time: 4,096 tokens of width 256 over 8 and 64 experts ran within noise at 64, 128 and
-# mixed sizes up to 512 (LOG.md).
-BLOCK = 128
+# Rows at a time, and at the ragged end of a segment, where half a block would be wasted on average
+# (LOG.md).
+BLOCK, TAIL = 128, 32
+
+
+def as_it_is(own: Any) -> Any:
+    return own
 
 
 def grouped(
-    f: Rowwise, w: Any, x_SD: Array, weights_S: Array, starts_eg: Array, lengths_eg: Array
+    f: Rowwise,
+    w: Any,
+    x_SD: Array,
+    weights_S: Array,
+    starts_eg: Array,
+    lengths_eg: Array,
+    pack: Pack = as_it_is,
 ) -> Array:
     """y_SD: f over the segments; rows outside of them are undefined.
 
@@ -31,6 +42,7 @@ def grouped(
         w: parameters, groups on the leading dim e of every leaf.
         x_SD, weights_S: rows, and a number for each.
         starts_eg, lengths_eg: int32 segments of each group, rising over (e, g).
+        pack: linear; a group's parameters as f wants them, made once a group.
     """
     block = min(BLOCK, len(x_SD))
     # A last block may reach beyond its segment, and beyond the buffer: what it writes there belongs
@@ -39,9 +51,10 @@ def grouped(
 
     def group(y_sD: Array, inputs: Any) -> tuple[Array, None]:
         own, starts_g, lengths_g = inputs
+        packed = pack(own)
 
-        def step(at: Array, _: Array, y_sD: Array) -> Array:
-            rows = f(own, _rows(x_sD, at, block), _rows(weights_s, at, block))
+        def step(at: Array, _: Array, n: int, y_sD: Array) -> Array:
+            rows = f(packed, _rows(x_sD, at, n), _rows(weights_s, at, n))
             return _put(y_sD, rows, at)
 
         return _walk(step, starts_g, lengths_g, block, y_sD), None
@@ -58,6 +71,7 @@ def grouped_gradients(
     starts_eg: Array,
     lengths_eg: Array,
     dy_SD: Array,
+    pack: Pack = as_it_is,
 ) -> tuple[Any, Array, Array]:
     """dw, dx_SD, dweights_S of `grouped`; f is computed once more, block by block. Sums over rows
     are float32."""
@@ -67,19 +81,21 @@ def grouped_gradients(
 
     def group(carry: Any, inputs: Any) -> tuple[Any, Any]:
         own, starts_g, lengths_g = inputs
+        packed, unpack = jax.vjp(pack, own)
 
-        def step(at: Array, end: Array, state: Any) -> Any:
+        def step(at: Array, end: Array, n: int, state: Any) -> Any:
             dw, dx_sD, dweights_s = state
-            inside_r = at + jnp.arange(block) < end
-            dy_rD = jnp.where(inside_r[:, None], _rows(dy_sD, at, block), 0)
-            _, pull = jax.vjp(f, own, _rows(x_sD, at, block), _rows(weights_s, at, block))
+            inside_r = at + jnp.arange(n) < end
+            dy_rD = jnp.where(inside_r[:, None], _rows(dy_sD, at, n), 0)
+            _, pull = jax.vjp(f, packed, _rows(x_sD, at, n), _rows(weights_s, at, n))
             dw_block, dx_rD, dweights_r = pull(dy_rD)
             dw = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), dw, dw_block)
             return dw, _put(dx_sD, dx_rD, at), _put(dweights_s, dweights_r, at)
 
-        zeros = jax.tree.map(lambda a: jnp.zeros_like(a, jnp.float32), own)
+        zeros = jax.tree.map(lambda a: jnp.zeros_like(a, jnp.float32), packed)
         dw, *carry = _walk(step, starts_g, lengths_g, block, (zeros, *carry))
-        return tuple(carry), jax.tree.map(lambda a, b: a.astype(b.dtype), dw, own)
+        dw = jax.tree.map(lambda a, b: a.astype(b.dtype), dw, packed)
+        return tuple(carry), unpack(dw)[0]
 
     begin = (jnp.zeros_like(x_sD), jnp.zeros_like(weights_s))
     (dx_sD, dweights_s), dw = jax.lax.scan(group, begin, (w, starts_eg, lengths_eg))
@@ -87,15 +103,23 @@ def grouped_gradients(
 
 
 def _walk(step: Any, starts_g: Array, lengths_g: Array, block: int, state: Any) -> Any:
-    """step(first row of a block, end of its segment, state) -> state, over a group's segments."""
+    """step(first row of a block, end of its segment, rows of the block, state) -> state, over a
+    group's segments."""
+    tail = min(TAIL, block)
 
     def segment(j: Any, state: Any) -> Any:
         start, length = starts_g[j], lengths_g[j]
+        end, whole = start + length, length // block
+        rest = start + whole * block
 
         def body(i: Array, state: Any) -> Any:
-            return step(start + i * block, start + length, state)
+            return step(start + i * block, end, block, state)
 
-        return jax.lax.fori_loop(0, -(-length // block), body, state)
+        def at_end(i: Array, state: Any) -> Any:
+            return step(rest + i * tail, end, tail, state)
+
+        state = jax.lax.fori_loop(0, whole, body, state)
+        return jax.lax.fori_loop(0, -((rest - end) // tail), at_end, state)
 
     n = len(starts_g)
     return segment(0, state) if n == 1 else jax.lax.fori_loop(0, n, segment, state)

@@ -12,10 +12,11 @@ from flax import struct
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import MlaConfig, ModelConfig
-from jaxmoe.kernels.attention import causal_attention
+from jaxmoe.kernels.attention import causal_attention, checks_vma, pick
+from jaxmoe.kernels.low_precision import einsum
 from jaxmoe.mesh import BATCH
 from jaxmoe.model.norm import rms_norm, rms_norm_specs
-from jaxmoe.model.rope import rope, score_scale
+from jaxmoe.model.rope import Turns, rope, score_scale
 from jaxmoe.spec import Spec
 
 Array = jax.Array
@@ -25,7 +26,7 @@ Array = jax.Array
 class Places:
     """Where the tokens of a batch are."""
 
-    positions_bL: Array  # int32; b = B, or 1 for the same positions in every row
+    turns: Turns  # of RoPE; b = B, or 1 for the same positions in every row
     documents_BL: Array | None = None  # int32, 0 for padding; None: each row is one document
 
 
@@ -73,14 +74,19 @@ def attention(
         q_BLNH, k, v = project(params, x_BLD, places, cfg)
     with jax.named_scope("attend"):
         scale = score_scale(cfg.rope, q_BLNH.shape[-1])
-        local = partial(_attend, scale=scale, window=window, soft_cap=cfg.attention_soft_cap)
+        cap = cfg.attention_soft_cap
+        masked = places.documents_BL is not None
+        path = pick(cfg.attention_path, q_BLNH, v, cap, documents=masked, sinks=cfg.attention_sinks)
+        local = partial(_attend, scale=scale, window=window, soft_cap=cap, path=path)
         heads = P(BATCH, None, "model", None)
         inputs = (q_BLNH, k, v, places.documents_BL, params.sinks_N)
         specs = (heads, _kv_spec(k), _kv_spec(v), P(BATCH, None), P("model"))
-        o_BLNU = jax.shard_map(local, in_specs=specs, out_specs=heads)(*inputs)
+        mapped = jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=checks_vma(path))
+        o_BLNU = mapped(*inputs)
     with jax.named_scope("out"):
         wo_NUD = params.wo_NHD if cfg.mla is None else params.wo_NUD
-        y_BLD = jnp.einsum("BLNU,NUD->BLD", o_BLNU, wo_NUD, out_sharding=P(BATCH, None, None))
+        rows = P(BATCH, None, None)
+        y_BLD = einsum("BLNU,NUD->BLD", o_BLNU, wo_NUD, cfg.matmul, out_sharding=rows)
         bias_D = getattr(params, "bo_D", None)
         return y_BLD if bias_D is None else y_BLD + bias_D[None, None]
 
@@ -148,9 +154,9 @@ def _grouped_specs(cfg: ModelConfig) -> Attention:
 def _grouped_qkv(
     params: Attention, x_BLD: Array, places: Places, cfg: ModelConfig
 ) -> tuple[Array, Array, Array]:
-    q_BLNH = jnp.einsum("BLD,DNH->BLNH", x_BLD, params.wq_DNH)
-    k_BLKH = jnp.einsum("BLD,DKH->BLKH", x_BLD, params.wk_DKH)
-    v_BLKH = jnp.einsum("BLD,DKH->BLKH", x_BLD, params.wv_DKH)
+    q_BLNH = einsum("BLD,DNH->BLNH", x_BLD, params.wq_DNH, cfg.matmul)
+    k_BLKH = einsum("BLD,DKH->BLKH", x_BLD, params.wk_DKH, cfg.matmul)
+    v_BLKH = einsum("BLD,DKH->BLKH", x_BLD, params.wv_DKH, cfg.matmul)
     if cfg.attention_bias:
         q_BLNH += params.bq_NH[None, None]
         k_BLKH += params.bk_KH[None, None]
@@ -158,8 +164,8 @@ def _grouped_qkv(
     if cfg.qk_norm != "none":
         q_BLNH = rms_norm(params.q_norm, q_BLNH, cfg.norm_eps)
         k_BLKH = rms_norm(params.k_norm, k_BLKH, cfg.norm_eps)
-    q_BLNH = rope(q_BLNH, places.positions_bL, cfg.rope)
-    k_BLKH = rope(k_BLKH, places.positions_bL, cfg.rope)
+    q_BLNH = rope(q_BLNH, places.turns)
+    k_BLKH = rope(k_BLKH, places.turns)
     return q_BLNH, k_BLKH, v_BLKH
 
 
@@ -208,17 +214,17 @@ def _mla_qkv(
     assert cfg.mla is not None
     latent_BLQ = x_BLD
     if cfg.mla.q_rank:
-        latent_BLQ = jnp.einsum("BLD,DQ->BLQ", x_BLD, params.wqa_DQ)
+        latent_BLQ = einsum("BLD,DQ->BLQ", x_BLD, params.wqa_DQ, cfg.matmul)
         latent_BLQ = rms_norm(params.q_norm_Q, latent_BLQ, cfg.norm_eps)
-    q_BLNH = jnp.einsum("BLQ,QNH->BLNH", latent_BLQ, params.wq_QNH)
+    q_BLNH = einsum("BLQ,QNH->BLNH", latent_BLQ, params.wq_QNH, cfg.matmul)
     q_BLNI, q_BLNW = jnp.split(q_BLNH, [cfg.mla.d_nope], axis=-1)
-    q_BLNW = rope(q_BLNW, places.positions_bL, cfg.rope)
+    q_BLNW = rope(q_BLNW, places.turns)
     q_BLNH = jnp.concatenate([q_BLNI, q_BLNW], axis=-1)
 
-    latent_BLJ = jnp.einsum("BLD,DJ->BLJ", x_BLD, params.wkva_DJ)
+    latent_BLJ = einsum("BLD,DJ->BLJ", x_BLD, params.wkva_DJ, cfg.matmul)
     latent_BLJ = rms_norm(params.kv_norm_J, latent_BLJ, cfg.norm_eps)
-    k_BLNI = jnp.einsum("BLJ,JNI->BLNI", latent_BLJ, params.wk_JNI)
-    v_BLNU = jnp.einsum("BLJ,JNU->BLNU", latent_BLJ, params.wv_JNU)
-    k_BL1W = jnp.einsum("BLD,DW->BLW", x_BLD, params.wkr_DW)[:, :, None]
-    k_BL1W = rope(k_BL1W, places.positions_bL, cfg.rope)
+    k_BLNI = einsum("BLJ,JNI->BLNI", latent_BLJ, params.wk_JNI, cfg.matmul)
+    v_BLNU = einsum("BLJ,JNU->BLNU", latent_BLJ, params.wv_JNU, cfg.matmul)
+    k_BL1W = einsum("BLD,DW->BLW", x_BLD, params.wkr_DW, cfg.matmul)[:, :, None]
+    k_BL1W = rope(k_BL1W, places.turns)
     return q_BLNH, (k_BLNI, k_BL1W), v_BLNU

@@ -9,6 +9,7 @@ from flax import struct
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import ModelConfig
+from jaxmoe.kernels.low_precision import einsum
 from jaxmoe.mesh import BATCH
 from jaxmoe.spec import Spec
 
@@ -38,10 +39,11 @@ def ffn_specs(cfg: ModelConfig, width: int) -> Ffn:
 
 def ffn(params: Ffn, x_BLD: Array, cfg: ModelConfig) -> Array:
     """Parameters as gathered for compute; F stays over `model`."""
-    gate_BLf = jnp.einsum("BLD,DF->BLF", x_BLD, params.wgate_DF)
-    up_BLf = jnp.einsum("BLD,DF->BLF", x_BLD, params.wup_DF)
+    gate_BLf = einsum("BLD,DF->BLF", x_BLD, params.wgate_DF, cfg.matmul)
+    up_BLf = einsum("BLD,DF->BLF", x_BLD, params.wup_DF, cfg.matmul)
     hidden_BLf = activate(gate_BLf, up_BLf, cfg)
-    return jnp.einsum("BLF,FD->BLD", hidden_BLf, params.wdown_FD, out_sharding=P(BATCH, None, None))
+    rows = P(BATCH, None, None)
+    return einsum("BLF,FD->BLD", hidden_BLf, params.wdown_FD, cfg.matmul, out_sharding=rows)
 
 
 def activate(gate: Array, up: Array, cfg: ModelConfig) -> Array:

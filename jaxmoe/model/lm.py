@@ -14,6 +14,7 @@ from jaxmoe.kernels.cross_entropy import LossSums, cross_entropy, soft_capped
 from jaxmoe.mesh import BATCH, gather
 from jaxmoe.model.attention import Places
 from jaxmoe.model.norm import rms_norm, rms_norm_specs
+from jaxmoe.model.rope import make_turns
 from jaxmoe.model.router import RouterStats, balanced
 from jaxmoe.model.stack import (
     Kind,
@@ -95,7 +96,7 @@ def lm_loss(
             at zero; 0 is padding. None: each row is one document.
         key: for the router's jitter; None: there is none (evaluation).
     """
-    places = make_places(tokens_BL, documents_BL)
+    places = make_places(tokens_BL, documents_BL, cfg)
     x_BLD, by_segment = hidden(params, tokens_BL, places, cfg, key)
     head_DV = _head(params, cfg)
 
@@ -147,13 +148,13 @@ def lm_logits(
     params: Lm, tokens_BL: Array, cfg: ModelConfig, documents_BL: Array | None = None
 ) -> Array:
     """float32 logits_BLV of the next token; all of them at one time, so for short texts only."""
-    x_BLD, _ = hidden(params, tokens_BL, make_places(tokens_BL, documents_BL), cfg)
+    x_BLD, _ = hidden(params, tokens_BL, make_places(tokens_BL, documents_BL, cfg), cfg)
     return _logits(params, x_BLD, cfg)
 
 
 def mtp_logits(params: Lm, tokens_BL: Array, cfg: ModelConfig) -> list[Array]:
     """Of each MTP module k: float32 [B, L - k, V], at i of token i + k + 1."""
-    places = make_places(tokens_BL, None)
+    places = make_places(tokens_BL, None, cfg)
     x_BLD, _ = hidden(params, tokens_BL, places, cfg)
     found = []
     for k, module in enumerate(params.mtp, start=1):
@@ -186,16 +187,21 @@ def move_balance_bias(params: Lm, stats: LmStats, cfg: ModelConfig) -> Lm:
     return replace(params, layers=layers, mtp=modules)
 
 
-def make_places(tokens_BL: Array, documents_BL: Array | None) -> Places:
-    """Positions from 0 in each row, or in each document of it."""
+def make_places(tokens_BL: Array, documents_BL: Array | None, cfg: ModelConfig) -> Places:
+    turns = make_turns(positions(tokens_BL, documents_BL), cfg.rope, cfg.rotary_width)
+    return Places(turns=turns, documents_BL=documents_BL)
+
+
+def positions(tokens_BL: Array, documents_BL: Array | None) -> Array:
+    """int32 [b, L]: from 0 in each row (b = 1), or in each document of it."""
     steps_1L = jnp.arange(tokens_BL.shape[1], dtype=jnp.int32)[None]
     if documents_BL is None:
-        return Places(positions_bL=steps_1L)
+        return steps_1L
     starts_BL = jnp.concatenate(
         [jnp.ones_like(documents_BL[:, :1]), jnp.diff(documents_BL, axis=1)], axis=1
     )
     first_BL = jax.lax.cummax(jnp.where(starts_BL != 0, steps_1L, 0), axis=1)
-    return Places(positions_bL=steps_1L - first_BL, documents_BL=documents_BL)
+    return steps_1L - first_BL
 
 
 def look_up(embed_VD: Array, tokens_BL: Array) -> Array:

@@ -1,13 +1,16 @@
 """Mixture-of-experts feed-forward: top-k router, dropless dispatch, gated and shared experts.
 
-In a step the rows of a shard go to slots [E, C, D], by all-to-all over the `expert` axis to the
-devices that hold the experts, through the experts as batched matmuls, and back. C is picked at run
-time among a few compiled sizes by the largest load anywhere, the last of which always suffices, so
-no token is ever dropped and no shape depends on the data. The VJP is our own: it keeps the inputs
-and switches again, since differentiating a switch would keep the residuals of every branch.
+In a step the rows of a shard travel over the `expert` axis to the devices that hold their experts
+(kernels/exchange.py), go through the experts, and come back. Buffers have a size that is picked at
+run time among a few compiled ones by the largest load anywhere; where the last does not suffice it
+is filled as often as it takes, so no token is ever dropped, no shape depends on the data and memory
+is bounded. The VJP is our own: it keeps the inputs and the order of the choices and switches again,
+since differentiating a switch would keep the residuals of every branch.
 """
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,20 +20,16 @@ from flax import struct
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.kernels import dispatch
-from jaxmoe.mesh import BATCH
-from jaxmoe.model import blocked
+from jaxmoe.kernels import dispatch, exchange
+from jaxmoe.kernels.low_precision import einsum
+from jaxmoe.mesh import BATCH, platform, vary_alike
+from jaxmoe.model import blocked, sorted_experts
 from jaxmoe.model.ffn import activate, ffn, ffn_specs
 from jaxmoe.model.remat import rematerialised
 from jaxmoe.model.router import Router, RouterStats, route, router_specs
 from jaxmoe.spec import Spec
 
 Array = jax.Array
-
-# Sizes of the slots relative to a balanced load; one that always suffices is added. The most loaded
-# expert of a layer had 1.30 times its share in the median and 1.55 at the 95th percentile
-# (quickstart, learned router; LOG.md 2026-11-22). Each size costs compile time.
-CAPACITY_FACTORS = (1.25, 1.5, 2.0)
 
 
 @struct.dataclass
@@ -88,11 +87,11 @@ def moe(
     with jax.named_scope("router"):
         weights_BLA, ids_BLA, stats = route(params.router, x_BLD, cfg, valid_BL, key)
     with jax.named_scope("experts"):
-        y_BLD = _experts(cfg, x_BLD, weights_BLA, ids_BLA, params.experts)
+        y_BLD, overflow = experts(cfg, x_BLD, weights_BLA, ids_BLA, params.experts)
     if params.shared is not None:
         with jax.named_scope("shared_experts"):
             y_BLD += rematerialised(partial(ffn, cfg=cfg), cfg)(params.shared, x_BLD)
-    return y_BLD, stats
+    return y_BLD, replace(stats, overflow=overflow)
 
 
 _ROWS = P(BATCH, None, None)
@@ -107,111 +106,214 @@ _WEIGHTS = Experts(
 )
 
 
+# Mesh axes over which an expert's rows are spread, but not its weights.
+_ROW_AXES = tuple(axis for axis in BATCH if axis != "expert")
+# Of a shard's `Order`; each shard of the batch has its own.
+_ORDER = dispatch.Order(choice_S=P(BATCH), place_tA=P(BATCH, None), load_E=P(BATCH))
+
+
 def _apply_experts(
     cfg: ModelConfig, x_BLD: Array, weights_BLA: Array, ids_BLA: Array, w: Experts
-) -> Array:
-    """sum_a weight_a * expert_a(x) for every token."""
-    mapped: Any = jax.shard_map(
-        partial(_switch, cfg, _path(cfg)[0]),
-        in_specs=(_ROWS, _ROWS, _ROWS, _WEIGHTS, ()),
-        out_specs=_ROWS,
-    )
-    return mapped(x_BLD, weights_BLA, ids_BLA, w, ())
+) -> tuple[Array, Array]:
+    """sum_a weight_a * expert_a(x) for every token; and 1.0 where the first size of the buffers
+    did not suffice, 0.0 elsewhere. Differentiable in x, the combine weights and w."""
+    return _experts_fwd(cfg, x_BLD, weights_BLA, ids_BLA, w)[0]
 
 
 def _experts_fwd(
     cfg: ModelConfig, x_BLD: Array, weights_BLA: Array, ids_BLA: Array, w: Experts
-) -> tuple[Array, Any]:
-    return _apply_experts(cfg, x_BLD, weights_BLA, ids_BLA, w), (x_BLD, weights_BLA, ids_BLA, w)
-
-
-def _experts_bwd(cfg: ModelConfig, residuals: Any, dy_BLD: Array) -> tuple[Any, ...]:
+) -> tuple[tuple[Array, Array], Any]:
+    order = jax.shard_map(partial(_order, cfg), in_specs=_ROWS, out_specs=_ORDER)(ids_BLA)
     mapped: Any = jax.shard_map(
-        partial(_switch, cfg, _path(cfg)[1]),
-        in_specs=(_ROWS, _ROWS, _ROWS, _WEIGHTS, _ROWS),
+        partial(_forward, cfg),
+        in_specs=(_ROWS, _ROWS, _ROWS, _ORDER, _WEIGHTS),
+        out_specs=(_ROWS, P()),
+    )
+    out = mapped(x_BLD, weights_BLA, ids_BLA, order, w)
+    return out, (x_BLD, weights_BLA, ids_BLA, order, w)
+
+
+def _experts_bwd(cfg: ModelConfig, residuals: Any, cts: Any) -> tuple[Any, ...]:
+    mapped: Any = jax.shard_map(
+        partial(_backward, cfg),
+        in_specs=(_ROWS, _ROWS, _ROWS, _ORDER, _WEIGHTS, _ROWS),
         out_specs=(_ROWS, _ROWS, _WEIGHTS),
     )
-    dx_BLD, dweights_BLA, dw = mapped(*residuals, dy_BLD)
+    dx_BLD, dweights_BLA, dw = mapped(*residuals, cts[0])
     return dx_BLD, dweights_BLA, None, dw
 
 
-_experts: Any = jax.custom_vjp(_apply_experts, nondiff_argnums=(0,))
-_experts.defvjp(_experts_fwd, _experts_bwd)
+experts: Any = jax.custom_vjp(_apply_experts, nondiff_argnums=(0,))
+experts.defvjp(_experts_fwd, _experts_bwd)
 
 
-def _path(cfg: ModelConfig) -> tuple[Any, Any]:
-    """Forward and backward at a capacity, by `expert_path`."""
-    on_cpu = jax.default_backend() == "cpu"
-    if cfg.expert_path == "blocked" or (cfg.expert_path == "auto" and on_cpu):
-        return blocked.forward, blocked.backward
-    return _forward_at, _backward_at
+def path_of(cfg: ModelConfig) -> str:
+    """How the experts are computed here: what `expert_path` says, or "auto" means."""
+    if cfg.expert_path != "auto":
+        return cfg.expert_path
+    if platform() == "cpu":
+        return "blocked"
+    return "kernel" if cfg.matmul == "plain" else "batched"
 
 
-def _switch(
-    cfg: ModelConfig, run: Any, x_blD: Array, weights: Array, ids: Array, w: Experts, ct: Any
-) -> Any:
-    """Runs the branch whose capacity suffices for the largest load of any shard."""
-    x_tD = x_blD.reshape(-1, x_blD.shape[-1])
-    weights_tA, ids_tA = weights.reshape(-1, cfg.top_k), ids.reshape(-1, cfg.top_k)
-    if run in (blocked.forward, blocked.backward) and jax.lax.axis_size("expert") == 1:
-        return run(cfg, None, x_blD, weights_tA, ids_tA, w, ct)  # nothing travels
-    choices = capacities(len(x_tD), cfg)
-    # One answer for all devices: the branches hold collectives.
-    largest = jax.lax.pmax(dispatch.expert_load(ids_tA, cfg.n_experts).max(), BATCH)
-    index = (largest > jnp.array(choices[:-1], jnp.int32)).sum()
-    branches = [partial(run, cfg, capacity) for capacity in choices]
-    return jax.lax.switch(index, branches, x_blD, weights_tA, ids_tA, w, ct)
+def exchange_of(cfg: ModelConfig, tokens: int, shards: int) -> str:
+    """How rows travel between `shards` of `tokens` each: what `expert_exchange` says, or "auto"
+    means. Equal slots (`batched`) are what all-to-all gives, and it alone."""
+    if path_of(cfg) == "batched":
+        return "all_to_all"
+    if shards == 1 or cfg.expert_exchange == "auto":
+        return exchange.cheapest(tokens, shards, cfg.n_experts, cfg.top_k)
+    return cfg.expert_exchange
 
 
-def capacities(tokens: int, cfg: ModelConfig) -> list[int]:
-    """Compiled slot counts of an expert for a shard of `tokens`, rising; the last one always
-    suffices, as a token's choices are different experts."""
-    mean = tokens * cfg.top_k / cfg.n_experts
-    sizes = {min(tokens, _round_up(math.ceil(factor * mean), 8)) for factor in CAPACITY_FACTORS}
-    return sorted(sizes | {tokens})
+# Inside of shard_map
 
 
-def _forward_at(
+def _order(cfg: ModelConfig, ids_blA: Array) -> dispatch.Order:
+    return dispatch.make_order(ids_blA.reshape(-1, cfg.top_k), cfg.n_experts)
+
+
+def _forward(
+    cfg: ModelConfig, x_blD: Array, weights: Array, ids: Array, order: dispatch.Order, w: Experts
+) -> tuple[Array, Array]:
+    x_tD, weights_tA, ids_tA = (_flat(a) for a in (x_blD, weights, ids))
+
+    def run(kind: str, size: int, first: Array | None = None) -> Array:
+        if path_of(cfg) == "batched":
+            plan = dispatch.slot_plan(order, ids_tA, size, 0 if first is None else first)
+            return _batched(cfg, size, x_tD, weights_tA, w, plan)
+        sent = exchange.open_exchange(kind, order, ids_tA, size, first)
+        return _through(cfg, sent, x_tD, weights_tA, w)
+
+    y_tD, overflow = _switch(cfg, order, run, like=x_tD)
+    return y_tD.reshape(x_blD.shape), overflow
+
+
+def _backward(
     cfg: ModelConfig,
-    capacity: int,
     x_blD: Array,
-    weights_tA: Array,
-    ids_tA: Array,
-    w: Experts,
-    _: Any,
-) -> Array:
-    plan = dispatch.make_plan(ids_tA, cfg.n_experts, capacity)
-    return _run(cfg, capacity, x_blD, weights_tA, w, plan)
-
-
-def _backward_at(
-    cfg: ModelConfig,
-    capacity: int,
-    x_blD: Array,
-    weights_tA: Array,
-    ids_tA: Array,
+    weights: Array,
+    ids: Array,
+    order: dispatch.Order,
     w: Experts,
     dy_blD: Array,
-) -> Any:
-    plan = dispatch.make_plan(ids_tA, cfg.n_experts, capacity)
-    _, pull = jax.vjp(lambda x, u, v: _run(cfg, capacity, x, u, v, plan), x_blD, weights_tA, w)
-    dx_blD, dweights_tA, dw = pull(dy_blD)
-    return dx_blD, dweights_tA.reshape(*x_blD.shape[:2], -1), dw
+) -> tuple[Array, Array, Experts]:
+    x_tD, weights_tA, ids_tA, dy_tD = (_flat(a) for a in (x_blD, weights, ids, dy_blD))
+
+    def run(kind: str, size: int, first: Array | None = None) -> Any:
+        if path_of(cfg) == "batched":
+            plan = dispatch.slot_plan(order, ids_tA, size, 0 if first is None else first)
+            _, pull = jax.vjp(
+                lambda x, u, v: _batched(cfg, size, x, u, v, plan), x_tD, weights_tA, w
+            )
+            return pull(dy_tD)
+        sent = exchange.open_exchange(kind, order, ids_tA, size, first)
+        return _through_backward(cfg, sent, x_tD, weights_tA, w, dy_tD)
+
+    like = x_tD, weights_tA, w
+    (dx_tD, dweights_tA, dw), _ = _switch(cfg, order, run, like)
+    return dx_tD.reshape(x_blD.shape), dweights_tA.reshape(weights.shape), dw
 
 
-def _run(
+def _switch(cfg: ModelConfig, order: dispatch.Order, run: Any, like: Any) -> tuple[Any, Array]:
+    """run(kind of exchange, size) at the smallest compiled size that suffices for the loads of all
+    shards, or the sum of several runs of the largest one; and whether the first one did not do.
+
+    Args:
+        like: arrays of the types that `run` gives.
+    """
+    t, shards = len(order.place_tA), jax.lax.axis_size("expert")
+    kind = exchange_of(cfg, t, shards)
+    shape = (kind, t, shards, cfg.n_experts, cfg.top_k)
+    sizes, most = exchange.sizes(*shape), exchange.most(*shape)
+    if sizes == [most]:
+        return run(kind, most), jnp.float32(0)
+    # One answer for all devices: the branches hold collectives.
+    largest = jax.lax.pmax(exchange.needed(kind, order), BATCH)
+    branches = [partial(run, kind, size) for size in sizes]
+    if sizes[-1] < most:
+        branches.append(partial(_rounds, run, kind, sizes[-1], largest, like))
+    index = (largest > jnp.array(sizes[: len(branches) - 1], jnp.int32)).sum()
+    return jax.lax.switch(index, branches), (index > 0).astype(jnp.float32)
+
+
+def _rounds(run: Any, kind: str, size: int, largest: Array, like: Any) -> Any:
+    """The sum of what run(kind, size, first) gives for first = 0, size, ... below `largest`."""
+
+    def add(i: Array, total: Any) -> Any:
+        part = run(kind, size, i * size)
+        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, part)
+
+    # float32: a token's choices may be in several rounds.
+    zeros = jax.tree.map(lambda a: vary_alike(jnp.zeros(a.shape, jnp.float32), a)[0], like)
+    total = jax.lax.fori_loop(0, -(-largest // size), add, zeros)
+    return jax.tree.map(lambda a, b: a.astype(b.dtype), total, like)
+
+
+# Ways to compute the rows that an exchange has brought.
+_ENGINES: Mapping[str, Any] = {"blocked": blocked, "kernel": sorted_experts}
+
+
+def _through(
+    cfg: ModelConfig, sent: exchange.Exchange, x_tD: Array, weights_tA: Array, w: Experts
+) -> Array:
+    """One shard's output: its rows to their experts, through them and back."""
+    w, x_SD, weights_S = _varying(w, sent.rows(x_tD), sent.weights(weights_tA))
+    y_SD = _ENGINES[path_of(cfg)].compute(cfg, sent, w, x_SD, weights_S)
+    return jax.lax.psum(sent.sum_back(y_SD), "model")
+
+
+def _through_backward(
+    cfg: ModelConfig,
+    sent: exchange.Exchange,
+    x_tD: Array,
+    weights_tA: Array,
+    w: Experts,
+    dy_tD: Array,
+) -> tuple[Array, Array, Experts]:
+    """Gradients of x, the combine weights and the experts' parameters."""
+    w, x_SD, weights_S, dy_SD = _varying(
+        w, sent.rows(x_tD), sent.weights(weights_tA), sent.rows(dy_tD)
+    )
+    gradients = _ENGINES[path_of(cfg)].gradients
+    dw, dx_SD, dweights_S = gradients(cfg, sent, w, x_SD, weights_S, dy_SD)
+    dx_tD, dweights_tA = sent.sum_back(dx_SD), sent.weights_back(dweights_S)
+    # Each `model` shard has its part of F, each shard of the batch its rows.
+    dx_tD, dweights_tA = jax.lax.psum((dx_tD, dweights_tA), "model")
+    dw = jax.lax.psum(dw, _ROW_AXES)
+    # The down bias is on all `model` shards, and only the first one's counts.
+    if dw.bdown_ED is not None:
+        dw = replace(dw, bdown_ED=jax.lax.psum(dw.bdown_ED, "model"))
+    return dx_tD, dweights_tA, dw
+
+
+def _varying(w: Experts, *rows: Array) -> tuple[Any, ...]:
+    """Marked as different on all devices of the batch and `model` axes: else the transpose of an
+    implicit cast would put a collective into the loops."""
+    bias = w.bdown_ED
+    w = jax.lax.pcast(replace(w, bdown_ED=None), _ROW_AXES, to="varying")
+    if bias is not None:
+        w = replace(w, bdown_ED=jax.lax.pcast(bias, (*_ROW_AXES, "model"), to="varying"))
+    return w, *jax.lax.pcast(rows, "model", to="varying")
+
+
+def _flat(a: Array) -> Array:
+    return a.reshape(-1, a.shape[-1])
+
+
+def _batched(
     cfg: ModelConfig,
     capacity: int,
-    x_blD: Array,
+    x_tD: Array,
     weights_tA: Array,
     w: Experts,
     plan: dispatch.Plan,
 ) -> Array:
-    """One shard's tokens through all experts, its own and those of its `expert` peers."""
+    """One shard's tokens through all experts, its own and those of its `expert` peers, in equal
+    slots."""
     # The same on all `model` shards, each of which gives a part of the gradient: the transpose of
     # the cast adds them up.
-    x_blD, weights_tA = jax.lax.pcast((x_blD, weights_tA), "model", to="varying")
-    x_tD = x_blD.reshape(-1, x_blD.shape[-1])
+    x_tD, weights_tA = jax.lax.pcast((x_tD, weights_tA), "model", to="varying")
     x_SD = dispatch.to_slots(x_tD, plan)
     x_erD = dispatch.to_experts(x_SD, capacity)
     y_erD = _ffn(x_erD, w, cfg)
@@ -219,23 +321,20 @@ def _run(
     y_tD = dispatch.from_slots(y_SD, weights_tA, plan)
     # Each `model` shard has summed over its part of F only. Added after the combine, so that a
     # token's row moves once instead of once a choice.
-    return jax.lax.psum(y_tD, "model").reshape(x_blD.shape)
+    return jax.lax.psum(y_tD, "model")
 
 
 def _ffn(x_erD: Array, w: Experts, cfg: ModelConfig) -> Array:
     """Each expert on its rows; this `model` shard's part of the sum over F."""
-    gate_erf = jnp.einsum("erD,eDf->erf", x_erD, w.wgate_EDF)
-    up_erf = jnp.einsum("erD,eDf->erf", x_erD, w.wup_EDF)
+    gate_erf = einsum("erD,eDf->erf", x_erD, w.wgate_EDF, cfg.matmul)
+    up_erf = einsum("erD,eDf->erf", x_erD, w.wup_EDF, cfg.matmul)
     if w.bgate_EF is not None:
         gate_erf += w.bgate_EF[:, None]
         up_erf += w.bup_EF[:, None]
-    y_erD = jnp.einsum("erf,efD->erD", activate(gate_erf, up_erf, cfg), w.wdown_EFD)
+    hidden_erf = activate(gate_erf, up_erf, cfg)
+    y_erD = einsum("erf,efD->erD", hidden_erf, w.wdown_EFD, cfg.matmul)
     if w.bdown_ED is not None:
         # Once, though all `model` shards have it and are added up.
         first = jax.lax.axis_index("model") == 0
         y_erD += jnp.where(first, w.bdown_ED, 0)[:, None]
     return y_erD
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple

@@ -9,20 +9,28 @@ import numpy as np
 from jaxmoe.config import RopeConfig
 
 Array = jax.Array
+Turns = tuple[Array, Array]  # float32 [b, L, H / 2] each
 
 
-def rope(x_BLnH: Array, positions_bL: Array, cfg: RopeConfig) -> Array:
-    """Turns each pair (h, h + H/2) by position * frequency; float32 inside. n: any heads.
-
-    Args:
-        positions_bL: int32, b = B, or 1 for the same positions in every row.
-    """
-    frequency_h, factor = frequencies(cfg, x_BLnH.shape[-1])
-    angle_bLh = positions_bL.astype(jnp.float32)[..., None] * frequency_h[None, None, :]
-    cos, sin = (factor * f(angle_bLh)[:, :, None, :] for f in (jnp.cos, jnp.sin))
+def rope(x_BLnH: Array, turns: Turns) -> Array:
+    """Turns each pair (h, h + H/2) by its angle; float32 inside. n: any heads."""
+    cos, sin = (a_bLh[:, :, None, :] for a_bLh in turns)
     x1_BLnh, x2_BLnh = jnp.split(x_BLnH.astype(jnp.float32), 2, axis=-1)
     turned = (x1_BLnh * cos - x2_BLnh * sin, x2_BLnh * cos + x1_BLnh * sin)
     return jnp.concatenate(turned, axis=-1).astype(x_BLnH.dtype)
+
+
+def make_turns(positions_bL: Array, cfg: RopeConfig, width: int) -> Turns:
+    """Cosine and sine of position * frequency; once for all layers, since a cosine costs XLA CPU
+    more than the rest of `rope` (LOG.md).
+
+    Args:
+        positions_bL: int32, b = B, or 1 for the same positions in every row.
+        width: of a head's rotary part.
+    """
+    frequency_h, factor = frequencies(cfg, width)
+    angle_bLh = positions_bL.astype(jnp.float32)[..., None] * frequency_h[None, None, :]
+    return factor * jnp.cos(angle_bLh), factor * jnp.sin(angle_bLh)
 
 
 def frequencies(cfg: RopeConfig, width: int) -> tuple[np.ndarray, float]:

@@ -31,6 +31,7 @@ class RouterStats:
     router_z: Array  # mean of logsumexp^2 of the router's logits
     bias_low: Array  # of balance_bias_E; 0 without
     bias_high: Array
+    overflow: Array  # 1.0 where the first size of the experts' buffers did not suffice (moe.py)
 
 
 def router_specs(cfg: ModelConfig) -> Router:
@@ -152,6 +153,7 @@ def _stats(
         router_z=(z_BL * valid_BL).sum() / rows,
         bias_low=jnp.float32(0) if bias_E is None else bias_E.min(),
         bias_high=jnp.float32(0) if bias_E is None else bias_E.max(),
+        overflow=jnp.float32(0),  # known later
     )
 
 

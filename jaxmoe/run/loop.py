@@ -23,7 +23,7 @@ from jaxmoe import mesh as mesh_lib
 from jaxmoe.config import Config
 from jaxmoe.data.cache import Corpus
 from jaxmoe.data.loader import Rows, Stream, documents, heldout_batches
-from jaxmoe.run import record
+from jaxmoe.run import record, xla
 from jaxmoe.run.checkpoint import Checkpoints
 from jaxmoe.run.forecasting import ForecastHook
 from jaxmoe.run.meter import Meter
@@ -179,9 +179,14 @@ class Trainer:
     def _compile(self, state: TrainState, batch: Batch) -> None:
         """Ahead of the first step, so that compiling and running are timed apart."""
         begin = time.perf_counter()
-        self._compiled = train_step.lower(state, batch, self.config).compile()
+        with xla.cache_hits() as hits:
+            lowered = train_step.lower(state, batch, self.config)
+            self._compiled, left_out = xla.compile_with_options(lowered)
         self.meter.compiled(time.perf_counter() - begin)
-        self.display.note(f"compiled the step in {self.meter.compile_seconds:.1f} s")
+        where = " (it was in the compilation cache)" if hits else ""
+        self.display.note(f"compiled the step in {self.meter.compile_seconds:.1f} s{where}")
+        if left_out:
+            self.display.note(f"this XLA does not know {', '.join(left_out)}: left out")
 
     def _read(self, pending: tuple[int, StepMetrics] | None) -> None:
         """Waits for a step's metrics; logs and shows them where due."""

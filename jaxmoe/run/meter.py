@@ -105,6 +105,7 @@ class Meter:
             # Nothing is counted here: model/moe.py gives each row to each of its experts, whatever
             # their loads. A dispatch with a capacity would have to count what it leaves out.
             "drop_rate": np.zeros(len(load_XE)),
+            "overflow": router.overflow,
             "load_balance": router.load_balance,
             "router_z": router.router_z,
         }
@@ -120,6 +121,7 @@ class Meter:
             "moe/load_balance": float(router.load_balance.mean()),
             "moe/router_z": float(router.router_z.mean()),
             "moe/drop_rate": float(layers["drop_rate"].mean()),
+            "moe/overflow_rate": float(router.overflow.mean()),
             **{f"moe/layer/{key}": _short(values) for key, values in layers.items()},
         }
 

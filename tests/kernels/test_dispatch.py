@@ -37,6 +37,10 @@ def placement(ids: np.ndarray, capacity: int) -> np.ndarray:
     return slots
 
 
+def make_plan(ids: Any, n_experts: int, capacity: int) -> dispatch.Plan:
+    return dispatch.slot_plan(dispatch.make_order(jnp.asarray(ids), n_experts), ids, capacity)
+
+
 KINDS = ("balanced", "overfull", "empty", "random")
 
 
@@ -50,7 +54,7 @@ def capacity_of(kind: str) -> int:
 def test_plan_fills_slots_in_order(kind: str, change: int) -> None:
     """Every choice has its slot and every slot its token; what is too much has none."""
     ids, capacity = ids_of(kind), capacity_of(kind) + change
-    plan = jax.jit(dispatch.make_plan, static_argnums=(1, 2))(ids, E, capacity)
+    plan = jax.jit(make_plan, static_argnums=(1, 2))(ids, E, capacity)
     slots = placement(ids, capacity)
     np.testing.assert_array_equal(plan.slot_tA, slots)
     tokens = np.full(E * capacity + 1, T)
@@ -63,7 +67,7 @@ def test_plan_fills_slots_in_order(kind: str, change: int) -> None:
 @partial(jax.jit, static_argnums=4)
 def both_ways(x: Any, y: Any, weights: Any, ids: Any, capacity: int, cts: Any) -> Any:
     """Values and gradients of both gathers, and of their plain scatters by autodiff."""
-    plan = dispatch.make_plan(ids, E, capacity)
+    plan = make_plan(ids, E, capacity)
     size = E * capacity
 
     def scatter(x: Any) -> Any:
@@ -106,9 +110,22 @@ def test_gathers_equal_scatters_with_their_gradients(kind: str) -> None:
 def test_rows_are_added_in_float32() -> None:
     """bfloat16 in and out, but a token's rows add up exactly: 1 + 2**-9 - 1 is no zero."""
     ids = jnp.array([[0, 1, 2]], jnp.int32)
-    plan = jax.jit(dispatch.make_plan, static_argnums=(1, 2))(ids, 3, 1)
+    plan = jax.jit(make_plan, static_argnums=(1, 2))(ids, 3, 1)
     y = jnp.array([[1.0], [2**-9], [-1.0]], jnp.bfloat16)
     assert dispatch.from_slots(y, jnp.ones((1, 3)), plan).item() == 2**-9
     _, pull = jax.vjp(lambda x: dispatch.to_slots(x, plan), jnp.zeros((1, 1), jnp.bfloat16))
     (dx,) = pull(y)
     assert dx.dtype == jnp.bfloat16 and dx.item() == 2**-9
+
+
+@pytest.mark.parametrize("n_experts", [7, 1 << 25])
+def test_the_order_has_every_choice_once(n_experts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a key would not hold expert and choice."""
+    monkeypatch.setattr(dispatch, "expert_load", lambda ids, n: jnp.bincount(ids.ravel(), length=7))
+    ids = np.random.default_rng(0).permuted(np.tile(np.arange(7), (40, 1)), axis=1)[:, :3]
+    order = dispatch.make_order(jnp.asarray(ids, jnp.int32), n_experts)
+    wanted = np.argsort(ids.ravel(), kind="stable")
+    np.testing.assert_array_equal(order.choice_S, wanted)
+    there_and_back = np.asarray(order.choice_S)[order.place_tA.ravel()]
+    np.testing.assert_array_equal(there_and_back, np.arange(120))
+    np.testing.assert_array_equal(order.load_E, np.bincount(ids.ravel()))

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from reference import assert_close
 
-from jaxmoe.kernels import dispatch
 from jaxmoe.kernels.grouped import BLOCK, grouped, grouped_gradients
 
 D, F = 6, 10
@@ -87,12 +86,3 @@ def test_bfloat16_adds_up_gradients_in_float32() -> None:
     linear = lambda w, x, _: x @ w[0]  # noqa: E731
     dw, dx, _ = grouped_gradients(linear, w, x, ones, starts, lengths, x)
     assert float(dw[0][0, 0, 0]) == 4096 and dw[0].dtype == dx.dtype == jnp.bfloat16
-
-
-def test_the_sorted_plan_has_every_choice_once() -> None:
-    ids = np.random.default_rng(0).permuted(np.tile(np.arange(7), (40, 1)), axis=1)[:, :3]
-    plan = dispatch.make_sorted_plan(jnp.asarray(ids, jnp.int32), 7)
-    order = np.argsort(ids.ravel(), kind="stable")
-    np.testing.assert_array_equal(plan.choice_S, order)
-    np.testing.assert_array_equal(plan.token_S, order // 3)
-    np.testing.assert_array_equal(np.asarray(plan.choice_S)[plan.slot_tA.ravel()], np.arange(120))

@@ -12,9 +12,9 @@ from meshes import on, put, put_params
 
 from jaxmoe import spec as spec_lib
 from jaxmoe.config import MlaConfig, ModelConfig, RouterConfig, replace
-from jaxmoe.model import moe as moe_lib
+from jaxmoe.kernels import exchange
 from jaxmoe.model.attention import attention, attention_specs
-from jaxmoe.model.lm import hidden, lm_loss, lm_specs, make_places
+from jaxmoe.model.lm import hidden, lm_loss, lm_specs, make_places, positions
 
 B, L = 2, 12
 CFG = ModelConfig(
@@ -37,7 +37,7 @@ LATENT = replace(CFG, n_layers=2, n_kv_heads=6, mla=MLA, qk_norm="none", n_mtp=2
 
 @pytest.fixture(autouse=True)
 def _one_capacity(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moe_lib, "CAPACITY_FACTORS", ())  # each costs compile time
+    monkeypatch.setattr(exchange, "CAPACITY_FACTORS", (1.25,))  # each costs compile time
 
 
 def draw(specs: Any) -> Any:
@@ -62,7 +62,7 @@ def gradient_of_attention(
     params = put_params(on(), draw(specs), specs)
     x = put(on(), jax.random.normal(jax.random.key(1), (B, L, cfg.d_model)))
     tokens = put(on(), np.zeros((B, L), np.int32))
-    places = make_places(tokens, None if documents is None else put(on(), documents))
+    places = make_places(tokens, None if documents is None else put(on(), documents), cfg)
     pull = jax.jit(jax.grad(lambda x, ct: (attention(params, x, places, cfg, window) * ct).sum()))
     return lambda ct: np.asarray(pull(x, ct))
 
@@ -74,7 +74,7 @@ def gradient_of_model(
     params = draw(lm_specs(cfg))
     tokens = np.random.default_rng(0).permutation(cfg.vocab_size)[: B * L].reshape(B, L)
     placed = put(on(), tokens.astype(np.int32))
-    places = make_places(placed, None if documents is None else put(on(), documents))
+    places = make_places(placed, None if documents is None else put(on(), documents), cfg)
 
     def f(embed: Any, ct: Any) -> Any:
         x_BLD, _ = hidden(params.replace(embed_VD=embed), placed, places, cfg)
@@ -129,10 +129,11 @@ def test_positions_restart_in_each_document() -> None:
     """Rotary scores are relative, so nothing downstream of attention could tell."""
     with jax.set_mesh(on()):
         tokens, documents = put(on(), (np.zeros((B, L), np.int32), DOCUMENTS))
-        got = make_places(tokens, documents)
-        np.testing.assert_array_equal(got.positions_bL, reference.positions(DOCUMENTS, B, L))
-        np.testing.assert_array_equal(got.documents_BL, DOCUMENTS)
-        np.testing.assert_array_equal(make_places(tokens, None).positions_bL, np.arange(L)[None])
+        got = positions(tokens, documents)
+        np.testing.assert_array_equal(got, reference.positions(DOCUMENTS, B, L))
+        kept = make_places(tokens, documents, CFG).documents_BL
+        np.testing.assert_array_equal(kept, DOCUMENTS)
+        np.testing.assert_array_equal(positions(tokens, None), np.arange(L)[None])
 
 
 @pytest.mark.parametrize("packed", [False, True])

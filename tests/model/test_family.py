@@ -20,7 +20,7 @@ from jaxmoe import mesh as mesh_lib
 from jaxmoe import spec as spec_lib
 from jaxmoe import tree
 from jaxmoe.config import MlaConfig, ModelConfig, RopeConfig, RouterConfig, replace
-from jaxmoe.model import moe as moe_lib
+from jaxmoe.kernels import exchange
 from jaxmoe.model.lm import lm_logits, lm_loss, lm_specs
 from jaxmoe.model.stack import segments
 
@@ -173,7 +173,7 @@ def run(name: str, cfg: ModelConfig, seed: int = 5, **axes: int) -> Any:
     mesh = on(**axes)
     with jax.set_mesh(mesh), pytest.MonkeyPatch.context() as patch:
         # Each capacity costs compile time; test_moe.py and test_layouts.py go through them.
-        patch.setattr(moe_lib, "CAPACITY_FACTORS", ())
+        patch.setattr(exchange, "CAPACITY_FACTORS", (1.25,))
         params = jax.device_put(start(name), mesh_lib.shardings(lm_specs(cfg), mesh))
         args = [None if a is None else put(mesh, a) for a in batch(name in PACKED)]
         key = jax.random.key(seed) if cfg.router.jitter else None

@@ -1,7 +1,6 @@
 """The mixture of experts: its router and its dropless dispatch equal the plain dense layer."""
 
 import functools
-import itertools
 from functools import partial
 from typing import Any
 
@@ -17,6 +16,7 @@ from reference import assert_close
 
 from jaxmoe import spec as spec_lib
 from jaxmoe.config import ModelConfig, RouterConfig, replace
+from jaxmoe.kernels import exchange
 from jaxmoe.model import moe as moe_lib
 
 CFG = ModelConfig(
@@ -109,30 +109,61 @@ def forced(load: int, mesh: Mesh) -> np.ndarray:
     return ids.reshape(B, L, A).astype(np.int32)
 
 
-def cases(mesh: Mesh) -> dict[str, tuple[np.ndarray, int]]:
-    """name -> forced ids, and the capacity that should be compiled for them."""
-    tokens = B * L // mesh.shape["expert"]
-    sizes = moe_lib.capacities(tokens, CFG)
+# (expert_path, expert_exchange)
+WAYS = (
+    ("batched", "all_to_all"),
+    ("blocked", "all_to_all"),
+    ("blocked", "all_gather"),
+    ("blocked", "ragged"),
+    ("kernel", "all_to_all"),
+    ("kernel", "all_gather"),
+)
+
+
+def sizes_on(mesh: Mesh, cfg: ModelConfig) -> list[int]:
+    shards = mesh.shape["expert"]
+    tokens = B * L // shards
+    kind = moe_lib.exchange_of(cfg, tokens, shards)
+    return exchange.sizes(kind, tokens, shards, E, A)
+
+
+def size_for(ids: np.ndarray, mesh: Mesh, cfg: ModelConfig) -> int:
+    """The smallest compiled size that holds the loads, counted plainly; 0: none does."""
+    shards, sizes = mesh.shape["expert"], sizes_on(mesh, cfg)
+    if moe_lib.exchange_of(cfg, B * L // shards, shards) == "all_to_all":
+        largest = max(np.bincount(part.ravel()).max() for part in np.split(ids, shards))
+    else:
+        largest = np.bincount(ids.ravel() // (E // shards)).max()
+    return next((size for size in sizes if size >= largest), 0)
+
+
+def cases(mesh: Mesh, cfg: ModelConfig) -> dict[str, np.ndarray]:
+    """Forced ids, by name."""
+    most = B * L // mesh.shape["expert"]
+    sizes = [*exchange.sizes("all_to_all", most, 1, E, A), most]
     rng = np.random.default_rng(3)
     three = np.stack([rng.permutation([1, 4, 6]) for _ in range(B * L)])
+    low = np.stack([rng.permutation(4)[:A] for _ in range(B * L)])
     even = (np.arange(B * L * A) % E).reshape(B, L, A).astype(np.int32)
+    mixed = even.copy()
+    mixed[0] = low[:L]
+    slots = {f"just fits {c}": forced(c, mesh) for c in sizes}
+    slots |= {f"one more than {c}": forced(c + 1, mesh) for c in sizes[:-1]}
     return {
-        "balanced": (even, sizes[0]),
-        **{f"just fits {c}": (forced(c, mesh), c) for c in sizes},
-        **{
-            f"one more than {c}": (forced(c + 1, mesh), after)
-            for c, after in itertools.pairwise(sizes)
-        },
-        "five empty": (three.reshape(B, L, A).astype(np.int32), sizes[-1]),
+        "balanced": even,
+        **(slots if cfg.expert_exchange == "all_to_all" else {}),
+        "a bit uneven": mixed,
+        "five empty": three.reshape(B, L, A).astype(np.int32),
+        "few shards have all": low.reshape(B, L, A).astype(np.int32),
     }
 
 
 @partial(jax.jit, static_argnums=0)
 def dispatched(cfg: ModelConfig, x: Any, weights: Any, ids: Any, w: Any, ct: Any) -> Any:
-    y, pull = jax.vjp(
-        lambda x, weights, w: moe_lib._experts(cfg, x, weights, ids, w), x, weights, w
+    y, pull, overflow = jax.vjp(
+        lambda x, weights, w: moe_lib.experts(cfg, x, weights, ids, w), x, weights, w, has_aux=True
     )
-    return y, pull(ct)
+    return y, pull(ct), overflow
 
 
 @jax.jit
@@ -143,36 +174,39 @@ def plainly(x: Any, weights: Any, ids: Any, w: Any, ct: Any) -> Any:
     return y, pull(ct)
 
 
-@jax.jit
-def capacity_taken(x: Any, ids: Any) -> Any:
-    """The capacity that the switch runs with, on every device."""
+@partial(jax.jit, static_argnums=0)
+def size_taken(cfg: ModelConfig, ids: Any) -> Any:
+    """The size that the switch runs with, on every device; 0: several rounds."""
 
-    def report(_: ModelConfig, capacity: int, x_blD: Any, *__: Any) -> Any:
-        return jnp.full_like(x_blD, capacity)
+    def run(_: str, size: int, first: Any = None) -> Any:
+        return jnp.int32(size if first is None else 0)
 
-    switch: Any = partial(moe_lib._switch, CFG, report)
-    return jax.shard_map(
-        lambda x, ids: switch(x, jnp.zeros(ids.shape), ids, (), ()),
-        in_specs=(ROWS, ROWS),
-        out_specs=ROWS,
-    )(x, ids)
+    def report(ids_blA: Any) -> Any:
+        order = moe_lib._order(cfg, ids_blA)
+        size, _ = moe_lib._switch(cfg, order, run, jnp.int32(0))
+        return jnp.full_like(ids_blA, size)
+
+    return jax.shard_map(report, in_specs=ROWS, out_specs=ROWS)(ids)
 
 
-@pytest.mark.parametrize("path", ["batched", "blocked"])
+@pytest.mark.parametrize("way", WAYS, ids="-".join)
 @pytest.mark.parametrize("where", MESHES)
-def test_dispatch_equals_every_expert_for_every_token(where: str, path: Any) -> None:
-    """Values and all gradients, whatever the load, through each compiled capacity."""
-    mesh = on(**MESHES[where])
+def test_dispatch_equals_every_expert_for_every_token(where: str, way: tuple[Any, Any]) -> None:
+    """Values and all gradients, whatever the load, through each compiled size."""
+    mesh, cfg = on(**MESHES[where]), replace(CFG, expert_path=way[0], expert_exchange=way[1])
+    if where == "one" and way[1] in ("all_gather", "ragged"):
+        pytest.skip("nothing travels on one device")
     x, weights, ct = rows(4, B, L, D), rows(5, B, L, A), rows(6, B, L, D)
     w = params().experts
-    taken = set()
-    for name, (ids, capacity) in cases(mesh).items():
+    taken, sizes = set(), sizes_on(mesh, cfg)
+    for name, ids in cases(mesh, cfg).items():
         with jax.set_mesh(mesh):
             args = put(mesh, (x, weights, ids, w, ct), (ROWS, ROWS, ROWS, WEIGHTS, ROWS))
-            got = dispatched(replace(CFG, expert_path=path), *args)
-            ran = np.unique(capacity_taken(args[0], args[2]))
-        assert ran.tolist() == [capacity], name
-        taken.add(capacity)
+            *got, overflow = dispatched(cfg, *args)
+            ran = np.unique(size_taken(cfg, args[2]))
+        assert ran.tolist() == [size_for(ids, mesh, cfg)], name
+        assert float(overflow) == (ran[0] != sizes[0]), name
+        taken.add(int(ran[0]))
         want = plainly(x, weights, ids, w, ct)
         for part, g, v in zip(
             ("y", "dx", "dweights", "dgate", "dup", "ddown", "dbgate", "dbup", "dbdown"),
@@ -181,15 +215,31 @@ def test_dispatch_equals_every_expert_for_every_token(where: str, path: Any) -> 
             strict=True,
         ):
             assert_close(g, v, name=f"{name}: {part}")
-    assert sorted(taken) == moe_lib.capacities(B * L // mesh.shape["expert"], CFG)
+    shards = mesh.shape["expert"]
+    kind = moe_lib.exchange_of(cfg, B * L // shards, shards)
+    several = {0} if sizes[-1] < exchange.most(kind, B * L // shards, shards, E, A) else set()
+    assert {sizes[0]} | several <= taken
+    assert way[1] != "all_to_all" or taken == set(sizes) | several
 
 
-def test_the_last_capacity_always_suffices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_are_no_larger_than_what_always_suffices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where factors round past the shard, or tokens are fewer than a rounding step."""
     for tokens in (1, 7, 8, 40, 1000):
-        for cfg in (CFG, ModelConfig(n_experts=4, top_k=4), ModelConfig(n_experts=64, top_k=1)):
-            found = moe_lib.capacities(tokens, cfg)
-            assert found == sorted(set(found)) and found[-1] == tokens
-            assert len(found) <= 1 + len(moe_lib.CAPACITY_FACTORS)
-    monkeypatch.setattr(moe_lib, "CAPACITY_FACTORS", (1.25, 2.0))
-    assert moe_lib.capacities(160, CFG) == [80, 120, 160]  # times a mean load of 60, in eights
+        for e, a in ((8, 3), (4, 4), (64, 1)):
+            found = exchange.sizes("all_to_all", tokens, 4, e, a)
+            assert found == sorted(set(found)) and found[-1] <= tokens
+            assert len(found) <= len(exchange.CAPACITY_FACTORS)
+            for kind in ("all_gather", "ragged"):
+                assert exchange.sizes(kind, tokens, 4, e, a)[-1] <= tokens * 4 * min(a, e // 4)
+    monkeypatch.setattr(exchange, "CAPACITY_FACTORS", (1.25, 2.0))
+    # Times a mean load of 60, in eights; and of 480 rows a device.
+    assert exchange.sizes("all_to_all", 160, 4, 8, 3) == [80, 120]
+    assert exchange.sizes("all_gather", 160, 4, 8, 3) == [600, 960]
+
+
+def test_rows_go_the_way_that_moves_fewer() -> None:
+    """8 shards of 1,000 tokens: gathering moves 7,000 rows, slots 7/8 of 1.25 times the choices."""
+    assert exchange.cheapest(1000, 1, 8, 2) == "local"
+    assert exchange.cheapest(1000, 8, 64, 2) == "all_to_all"
+    assert exchange.cheapest(1000, 8, 64, 8) == "all_gather"
+    assert exchange.cheapest(1000, 64, 64, 8) == "all_to_all"

@@ -15,7 +15,7 @@ from jaxmoe.config import ModelConfig, RopeConfig, replace
 from jaxmoe.model.attention import Places, attention, attention_specs
 from jaxmoe.model.lm import lm_loss, lm_specs, look_up
 from jaxmoe.model.norm import rms_norm
-from jaxmoe.model.rope import rope
+from jaxmoe.model.rope import make_turns, rope
 
 CFG = ModelConfig(
     vocab_size=50,
@@ -58,7 +58,8 @@ def test_rope_scores_depend_on_the_distance_only() -> None:
     h = 8
     q, k = normal(0, 1, 1, 1, h), normal(1, 1, 1, 1, h)
     turned_q, turned_k = (
-        rope(jnp.broadcast_to(a, (1, L, 1, h)), ROWS_1L, ROPE)[0, :, 0] for a in (q, k)
+        rope(jnp.broadcast_to(a, (1, L, 1, h)), make_turns(ROWS_1L, ROPE, h))[0, :, 0]
+        for a in (q, k)
     )
     scores = np.asarray(turned_q @ turned_k.T)
     for distance in range(-L + 1, L):
@@ -71,12 +72,13 @@ def test_rope_turns_the_right_way() -> None:
     """A score is Re sum q conj(k) exp(i (m - n) f): a turn one way for q and the other for k would
     still be relative, so the angle itself is compared."""
     x = normal(0, B, L, 3, 8)
-    turned = rope(x, ROWS_1L, ROPE)
+    turned = rope(x, make_turns(ROWS_1L, ROPE, 8))
     assert_close(turned, reference.rope(x, np.tile(ROWS_1L, (B, 1)), ROPE))
     np.testing.assert_array_equal(turned[:, 0], x[:, 0])  # position 0 stays
     assert_close((turned**2).sum(-1), (x**2).sum(-1))
     # The first pair turns by one radian a position: (1, 0) goes to (cos 1, sin 1).
-    one = rope(jnp.zeros((1, 2, 1, 8)).at[..., 0].set(1), ROWS_1L[:, :2], ROPE)[0, 1, 0]
+    turns = make_turns(ROWS_1L[:, :2], ROPE, 8)
+    one = rope(jnp.zeros((1, 2, 1, 8)).at[..., 0].set(1), turns)[0, 1, 0]
     np.testing.assert_allclose([one[0], one[4]], [np.cos(1), np.sin(1)], rtol=1e-6)
 
 
@@ -91,7 +93,13 @@ def test_attention_block_equals_the_plain_one() -> None:
         x = normal(1, B, L, cfg.d_model)
         with jax.set_mesh(on()):
             run = jax.jit(attention, static_argnums=(3, 4))
-            got = run(placed, put(on(), x), Places(positions_bL=ROWS_1L), cfg, None)
+            got = run(
+                placed,
+                put(on(), x),
+                Places(turns=make_turns(ROWS_1L, cfg.rope, cfg.d_head)),
+                cfg,
+                None,
+            )
         plain = jax.jit(reference.attention, static_argnums=2)
         assert_close(got, plain(params, x, cfg))
 

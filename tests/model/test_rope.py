@@ -10,7 +10,7 @@ import reference
 from reference import assert_close
 
 from jaxmoe.config import RopeConfig, replace
-from jaxmoe.model.rope import frequencies, rope, score_scale
+from jaxmoe.model.rope import frequencies, make_turns, rope, score_scale
 
 WIDTH = 24
 YARN = RopeConfig(
@@ -45,7 +45,7 @@ def test_a_scaling_is_its_formula(name: str) -> None:
     assert score_scale(cfg, WIDTH) == pytest.approx(of_scores / math.sqrt(WIDTH))
     x = jax.random.normal(jax.random.key(0), (2, 5, 3, WIDTH))
     positions = np.array([[0, 1, 2, 0, 1], [7, 30, 2, 90, 0]], np.int32)
-    turned = rope(x, jax.numpy.asarray(positions), cfg)
+    turned = rope(x, make_turns(jax.numpy.asarray(positions), cfg, WIDTH))
     assert_close(turned, reference.rope(x, positions, cfg))
     # Position 0 only has the factor, wherever in the row it stands.
     for row, at in ((0, 0), (0, 3), (1, 4)):

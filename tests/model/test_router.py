@@ -14,7 +14,7 @@ from reference import assert_close
 from jaxmoe import spec as spec_lib
 from jaxmoe import tree
 from jaxmoe.config import Config, ModelConfig, OptimConfig, RouterConfig, TrainConfig, replace
-from jaxmoe.model import moe as moe_lib
+from jaxmoe.kernels import exchange
 from jaxmoe.model import stack
 from jaxmoe.model.lm import make_places
 from jaxmoe.model.router import Router, RouterStats, route
@@ -144,7 +144,7 @@ def test_every_layer_has_noise_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
     def spy(_: Any, x_BLD: Any, __: Any, ___: Any, key: Any) -> Any:
         bits = jax.random.bits(key, (2,), jnp.uint16).astype(jnp.float32)
         zero = jnp.float32(0)
-        stats = RouterStats(bits, zero, zero, zero, zero)
+        stats = RouterStats(bits, zero, zero, zero, zero, zero)
         return jnp.zeros_like(x_BLD), stats
 
     monkeypatch.setattr(stack, "moe", spy)
@@ -155,7 +155,7 @@ def test_every_layer_has_noise_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
     with jax.set_mesh(on()):
         params = put(on(), spec_lib.init(stack.layers_specs(cfg), jax.random.key(0)), P())
         x = put(on(), rows(0, 1, 4, 8))
-        places = make_places(put(on(), np.zeros((1, 4), np.int32)), None)
+        places = make_places(put(on(), np.zeros((1, 4), np.int32)), None, cfg)
         run = jax.jit(lambda key: stack.run_layers(params, x, places, cfg, key)[1])
         found: Any = stack.in_order(run(jax.random.key(1)))
     assert len(np.unique(found.load_E, axis=0)) == 7
@@ -206,7 +206,7 @@ def compiled() -> Any:
         weights_BL=jax.ShapeDtypeStruct((b, length), jnp.float32, sharding=rows_of),
     )
     with jax.set_mesh(on()), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(moe_lib, "CAPACITY_FACTORS", (1.25,))
+        patch.setattr(exchange, "CAPACITY_FACTORS", (1.25,))
         return train_step.lower(state, batch, SKEWED).compile()
 
 

@@ -29,6 +29,7 @@ def stats(load_XE: Any) -> RouterStats:
         router_z=layer_X / 4,  # pyright: ignore[reportArgumentType]
         bias_low=-layer_X,  # pyright: ignore[reportArgumentType]
         bias_high=2 * layer_X,  # pyright: ignore[reportArgumentType]
+        overflow=layer_X % 2,  # pyright: ignore[reportArgumentType]
     )
 
 
@@ -65,6 +66,8 @@ def test_each_layer_has_its_own_numbers_and_the_scalars_are_over_all():
     assert row["moe/load_entropy_min"] == pytest.approx(even.min())
     assert row["moe/dead_experts"] == 1
     assert (row["moe/load_balance"], row["moe/router_z"]) == (1.25, 0.5)
+    assert row["moe/layer/overflow"] == [1.0, 0.0, 1.0]
+    assert row["moe/overflow_rate"] == pytest.approx(2 / 3)
 
 
 def test_entropy_is_one_where_even_and_zero_with_one_expert():
