@@ -12,15 +12,11 @@ import jax.numpy as jnp
 from jaxmoe import attention_paths
 from jaxmoe.attention_paths import Call
 from jaxmoe.kernels import fused
+from jaxmoe.kernels.chunked import CHUNK, chunked_attention
 from jaxmoe.kernels.online import online_attention
 from jaxmoe.mesh import platform, vary_alike
 
 Array = jax.Array
-
-# Queries a chunk, which are unrolled: a chunk sees only its visible keys, so nearly half of the
-# scores are never computed. Measured on 2 CPU cores at L=256 (forward + backward): 13.9 ms against
-# 26.8 ms in one piece.
-CHUNK = 64
 
 # Up to this length chunks, hence at most 8; beyond it the online softmax. Forward + backward on 2
 # busy CPU cores, float32, chunks (8 of them) against online, and their temporaries:
@@ -65,9 +61,6 @@ def causal_attention(
     documents, sinks = documents_BL is not None, sinks_N is not None
     if path is None:
         path = pick("auto", q_BLNH, v_BMKU, soft_cap, documents=documents, sinks=sinks)
-    if path == "chunked" and q_BLNH.shape[1] <= LONG:
-        masks = {"window": window, "soft_cap": soft_cap}
-        return _in_chunks(q_BLNH * scale, k_BMKH, v_BMKU, documents_BL, sinks_N, **masks)
     # Multi-query keys and sinks are the same on some shards, but their gradients are not: made
     # varying here, they get their sums over shards from autodiff; kernels' own rules add none.
     q, k, v, ids, sinks_N = _alike((q_BLNH, k_BMKH, v_BMKU, documents_BL, sinks_N))
@@ -77,7 +70,7 @@ def causal_attention(
     if path == "splash":
         interpret = platform() != "tpu"
         return fused.splash(q.astype(k.dtype), k, v, ids, sinks_N, **options, interpret=interpret)
-    return _online(q, k, v, ids, sinks_N, **options)
+    return _matmuls(q, k, v, ids, sinks_N, **options)
 
 
 def pick(
@@ -119,110 +112,35 @@ def _alike(arrays: Any) -> Any:
     return jax.tree.unflatten(tree, vary_alike(*leaves))
 
 
-def _online(
-    q_BLNH: Array,
-    k_BLKH: Array,
-    v_BLKU: Array,
-    documents_BL: Array | None,
-    sinks_N: Array | None,
-    *,
-    scale: float,
-    **masks: Any,
-) -> Array:
-    b, length, n, _ = q_BLNH.shape
-    flat = _flat(q_BLNH * scale, k_BLKH, v_BLKU, documents_BL, sinks_N)
-    o_ZGLU = online_attention(*flat, **masks)
-    return jnp.moveaxis(o_ZGLU.reshape(b, n, length, -1), 2, 1)
-
-
-def _in_chunks(
+def _matmuls(
     q_BLNH: Array,
     k_BMKH: Array,
     v_BMKU: Array,
     documents_BL: Array | None,
     sinks_N: Array | None,
     *,
-    window: int | None,
-    soft_cap: float | None,
+    scale: float,
+    **masks: Any,
 ) -> Array:
-    """Queries are scaled already."""
-    b, length, n, _ = q_BLNH.shape
-    q_ZGLH, k_ZMH, v_ZMU, documents_ZL, sinks_ZG = _flat(
-        q_BLNH, k_BMKH, v_BMKU, documents_BL, sinks_N
-    )
-    chunk = min(CHUNK, length)
-    parts = []
-    for first in range(0, length, chunk):
-        stop = min(first + chunk, length)
-        start = 0 if window is None else max(0, first - window + 1)
-        visible = _visible(first, stop, start, window, documents_ZL)
-        q_ZGlH, k_ZmH, v_ZmU = q_ZGLH[:, :, first:stop], k_ZMH[:, start:stop], v_ZMU[:, start:stop]
-        parts.append(_attend(q_ZGlH, k_ZmH, v_ZmU, visible, sinks_ZG, soft_cap))
-    o_ZGLU = jnp.concatenate(parts, axis=2)
-    return jnp.moveaxis(o_ZGLU.reshape(b, n, length, -1), 2, 1)
-
-
-def _flat(
-    q_BLNH: Array, k_BMKH: Array, v_BMKU: Array, documents_BL: Any, sinks_N: Any
-) -> tuple[Array, Array, Array, Any, Any]:
     """One batch dim Z = B * K and two matrix dims: the only layout that XLA CPU hands to a fast
-    matmul. The groups of a head, G = N / K, come next."""
+    matmul. The heads of a group, G = N / K, share keys and values."""
     b, length, n, _ = q_BLNH.shape
     k = k_BMKH.shape[2]
-    q_ZGLH = _heads_first(q_BLNH).reshape(b * k, n // k, length, -1)
+    q_BLKGH = (q_BLNH * scale).reshape(b, length, k, n // k, -1)
+    q_ZLGH = _heads_first(q_BLKGH).reshape(b * k, length, n // k, -1)
     k_ZMH = _heads_first(k_BMKH).reshape(b * k, length, -1)
     v_ZMU = _heads_first(v_BMKU).reshape(b * k, length, -1)
     documents_ZL = None if documents_BL is None else jnp.repeat(documents_BL, k, axis=0)
     sinks_ZG = None if sinks_N is None else jnp.tile(sinks_N.reshape(k, n // k), (b, 1))
-    return q_ZGLH, k_ZMH, v_ZMU, documents_ZL, sinks_ZG
+    if length <= LONG:
+        o_ZLGU = chunked_attention(q_ZLGH, k_ZMH, v_ZMU, documents_ZL, sinks_ZG, **masks)
+    else:
+        q_ZGLH = jnp.moveaxis(q_ZLGH, 1, 2)
+        o_ZGLU = online_attention(q_ZGLH, k_ZMH, v_ZMU, documents_ZL, sinks_ZG, **masks)
+        o_ZLGU = jnp.moveaxis(o_ZGLU, 1, 2)
+    o_BKLGU = o_ZLGU.reshape(b, k, length, n // k, -1)
+    return _heads_first(o_BKLGU).reshape(b, length, n, -1)
 
 
 def _heads_first(x: Array) -> Array:
     return jnp.moveaxis(x, 1, 2)
-
-
-def _visible(
-    first: int, stop: int, start: int, window: int | None, documents_ZL: Array | None
-) -> Array:
-    """bool [z, l, m], z = 1 or Z: which of the keys start .. stop the queries first .. stop see."""
-    distance_lm = jnp.arange(first, stop)[:, None] - jnp.arange(start, stop)[None, :]
-    visible_lm = distance_lm >= 0
-    if window is not None:
-        visible_lm &= distance_lm < window
-    if documents_ZL is None:
-        return visible_lm[None]
-    return visible_lm[None] & (
-        documents_ZL[:, first:stop, None] == documents_ZL[:, None, start:stop]
-    )
-
-
-def _attend(
-    q_ZGlH: Array,
-    k_ZmH: Array,
-    v_ZmU: Array,
-    visible_zlm: Array,
-    sinks_ZG: Array | None,
-    soft_cap: float | None,
-) -> Array:
-    """A chunk of queries, already scaled, over the keys it may see. Z = B * K."""
-    z, g, l, h = q_ZGlH.shape  # noqa: E741
-    m = k_ZmH.shape[1]
-    q_ZqH = q_ZGlH.astype(k_ZmH.dtype).reshape(z, g * l, h)
-    scores_Zqm = jnp.einsum("ZqH,ZmH->Zqm", q_ZqH, k_ZmH, preferred_element_type=jnp.float32)
-    if soft_cap is not None:
-        scores_Zqm = soft_cap * jnp.tanh(scores_Zqm / soft_cap)
-    scores_ZGlm = jnp.where(visible_zlm[:, None], scores_Zqm.reshape(z, g, l, m), -1e30)
-    probs_ZGlm = _softmax(scores_ZGlm, sinks_ZG)
-    probs_Zqm = probs_ZGlm.reshape(z, g * l, m).astype(v_ZmU.dtype)
-    return jnp.einsum("Zqm,ZmU->ZqU", probs_Zqm, v_ZmU).reshape(z, g, l, -1)
-
-
-def _softmax(scores_ZGlm: Array, sinks_ZG: Array | None) -> Array:
-    if sinks_ZG is None:
-        return jax.nn.softmax(scores_ZGlm, axis=-1)
-    sinks_ZG11 = sinks_ZG.astype(jnp.float32)[..., None, None]
-    top_ZGl1 = jnp.maximum(scores_ZGlm.max(-1, keepdims=True), sinks_ZG11)
-    top_ZGl1 = jax.lax.stop_gradient(top_ZGl1)
-    powers_ZGlm = jnp.exp(scores_ZGlm - top_ZGl1)
-    total_ZGl1 = powers_ZGlm.sum(-1, keepdims=True) + jnp.exp(sinks_ZG11 - top_ZGl1)
-    return powers_ZGlm / total_ZGl1

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxmoe.kernels.chunked import KEPT
+
 Array = jax.Array
 
 # Splash's blocks, the largest that fits: queries and keys at a time. Keys come in lanes of 128.
@@ -69,6 +71,7 @@ def splash(
             *(block, block),
         ),
         attn_logits_soft_cap=soft_cap,
+        residual_checkpoint_name=KEPT,
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,

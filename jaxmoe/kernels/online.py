@@ -7,24 +7,19 @@ arXiv:2307.08691, section 3.1). Loops of plain matmuls for any backend.
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxmoe.kernels.chunked import HIDDEN, KEPT, Mask
 
 Array = jax.Array
 
 # Queries, and keys, at a time. On 2 busy CPU cores (B=1 N=8 K=4 H=64, float32, forward + backward,
 # L=4096) 0.85 s at 64, 1.2 s at 128, 0.91 s at 256 and 1.4 s at 512; accelerators want large ones.
 BLOCK = 256
-HIDDEN = -1e30  # a score that is not seen; finite, so that differences stay numbers
-
-
-class _Mask(NamedTuple):
-    """Static: who sees whom, and the cap on what they see."""
-
-    window: int | None
-    soft_cap: float | None
 
 
 def online_attention(
@@ -49,18 +44,18 @@ def online_attention(
     pad = partial(_padded, rows=-length % BLOCK)
     documents = None if documents_ZL is None else pad(documents_ZL, axis=1)
     q, k, v = pad(q_ZGLH.astype(k_ZLH.dtype), axis=2), pad(k_ZLH, axis=1), pad(v_ZLU, axis=1)
-    return _attend(_Mask(window, soft_cap), q, k, v, documents, sinks_ZG)[:, :, :length]
+    return _attend(Mask(window, soft_cap), q, k, v, documents, sinks_ZG)[:, :, :length]
 
 
 def _outputs(
-    mask: _Mask, q_ZGPH: Array, k_ZPH: Array, v_ZPU: Array, documents_ZP: Any, sinks_ZG: Any
+    mask: Mask, q_ZGPH: Array, k_ZPH: Array, v_ZPU: Array, documents_ZP: Any, sinks_ZG: Any
 ) -> Array:
     """P is the length, padded to whole blocks."""
     return _forward(mask, q_ZGPH, k_ZPH, v_ZPU, documents_ZP, sinks_ZG)[0]
 
 
 def _forward(
-    mask: _Mask, q_ZGPH: Array, k_ZPH: Array, v_ZPU: Array, documents_ZP: Any, sinks_ZG: Any
+    mask: Mask, q_ZGPH: Array, k_ZPH: Array, v_ZPU: Array, documents_ZP: Any, sinks_ZG: Any
 ) -> tuple[Array, Any]:
     z, g, length, _ = q_ZGPH.shape
 
@@ -92,12 +87,12 @@ def _forward(
         return None, (o_ZGlU, (top_Zq + jnp.log(total_Zq)).reshape(z, g, BLOCK))
 
     _, (o_iZGlU, lse_iZGl) = jax.lax.scan(queries, None, jnp.arange(length // BLOCK))
-    o_ZGPU = jnp.moveaxis(o_iZGlU, 0, 2).reshape(z, g, length, -1)
-    lse_ZGP = jnp.moveaxis(lse_iZGl, 0, 2).reshape(z, g, length)
+    o_ZGPU = checkpoint_name(jnp.moveaxis(o_iZGlU, 0, 2).reshape(z, g, length, -1), KEPT)
+    lse_ZGP = checkpoint_name(jnp.moveaxis(lse_iZGl, 0, 2).reshape(z, g, length), KEPT)
     return o_ZGPU, (q_ZGPH, k_ZPH, v_ZPU, documents_ZP, sinks_ZG, o_ZGPU, lse_ZGP)
 
 
-def _backward(mask: _Mask, kept: Any, do_ZGPU: Array) -> tuple[Any, ...]:
+def _backward(mask: Mask, kept: Any, do_ZGPU: Array) -> tuple[Any, ...]:
     q_ZGPH, k_ZPH, v_ZPU, documents_ZP, sinks_ZG, o_ZGPU, lse_ZGP = kept
     z, g, length, _ = q_ZGPH.shape
     # The softmax's gradient takes off each row's mean of dp, which is that of do * o.
@@ -140,7 +135,7 @@ _attend.defvjp(_forward, _backward)
 
 
 def _scores(
-    mask: _Mask, q_ZqH: Array, k_ZPH: Array, documents_ZP: Any, i: Array, j: Array
+    mask: Mask, q_ZqH: Array, k_ZPH: Array, documents_ZP: Any, i: Array, j: Array
 ) -> tuple[Array, Array]:
     """Capped scores of query block i with key block j, and which of them are seen (bool, [Z or 1,
     q, m], q = (group, position))."""
@@ -160,7 +155,7 @@ def _scores(
     return scores_Zqm, jnp.tile(visible_Zlm, (1, groups, 1))
 
 
-def _first(mask: _Mask, i: Array) -> Array:
+def _first(mask: Mask, i: Array) -> Array:
     """The first block of keys that query block i sees."""
     if mask.window is None:
         return jnp.zeros_like(i)
