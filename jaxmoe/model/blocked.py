@@ -13,7 +13,7 @@ from flax import struct
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.kernels.exchange import Exchange
-from jaxmoe.kernels.grouped import grouped, grouped_gradients
+from jaxmoe.kernels.grouped import grouped, grouped_gradients, held
 from jaxmoe.kernels.low_precision import einsum
 from jaxmoe.model.ffn import activate
 
@@ -58,12 +58,12 @@ def _pack(w: Any) -> _Packed:
 
 def _one_expert(cfg: ModelConfig, w: _Packed, x_rD: Array, weights_r: Array) -> Array:
     """This `model` shard's part of weight * expert(x)."""
-    into_rX = einsum("rD,DX->rX", x_rD, w.winto_DX, cfg.matmul)
+    into_rX = held(einsum("rD,DX->rX", x_rD, w.winto_DX, cfg.matmul))
     if w.binto_X is not None:
         into_rX += w.binto_X[None]
     gate_rf, up_rf = jnp.split(into_rX, 2, axis=1)
     hidden_rf = activate(gate_rf, up_rf, cfg).astype(jnp.float32) * weights_r[:, None]
-    y_rD = einsum("rF,FD->rD", hidden_rf.astype(x_rD.dtype), w.wdown_FD, cfg.matmul)
+    y_rD = einsum("rF,FD->rD", held(hidden_rf.astype(x_rD.dtype)), w.wdown_FD, cfg.matmul)
     if w.bdown_D is not None:
         first = jax.lax.axis_index("model") == 0
         bias_rD = jnp.where(first, w.bdown_D, 0)[None].astype(jnp.float32) * weights_r[:, None]
