@@ -4,6 +4,10 @@
     python benchmarks/step.py --rows moe8 dense    some of them
     python benchmarks/step.py --json               one line of JSON
     python benchmarks/step.py --profile /tmp/t     leaves a trace of each row for xprof
+    python benchmarks/step.py --rows moe64 --vary model.expert_path=blocked,kernel,batched
+    python benchmarks/step.py --rows moe64 --set mesh.expert=4 \
+        --vary model.expert_exchange=all_to_all,all_gather        on emulated devices
+    python benchmarks/step.py --rows moe8 --vary train.batch_size=2,8,32   how it scales in tokens
 
 Rows run in turns, so that what else the machine does falls on all of them; the ratio to the dense
 model of equal active FLOPs is what counts. The router learns on real text while it is measured,
@@ -107,6 +111,7 @@ class Row:
             "mfu": flops / step / peak,
             "peak_tflops": peak / 1e12,
             "drop_rate": None if load is None else 0.0,  # dropless: model/moe.py
+            "overflow_rate": None if router is None else float(np.asarray(router.overflow).mean()),
             "load_max": None if load is None else float(load.max()),
             "temporary_bytes": memory.temp_size_in_bytes,
             "compile_seconds": self.compile_seconds,
@@ -134,14 +139,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", nargs="+", choices=shapes(), default=list(shapes()))
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument(
+        "--vary", metavar="KEY=V,V", help="each row with each of these values of one config key"
+    )
     parser.add_argument("--steps", type=int, default=10, help="measured in each of three turns")
     parser.add_argument("--warm", type=int, default=30, help="before: the router learns")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--profile", metavar="DIR", help="a trace of three steps of each row")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
-    configs = [shapes()[name] for name in args.rows]
+    configs = [config_lib.apply_sets(shapes()[name], args.set) for name in args.rows]
     configs = [replace(c, model=replace(c.model, dtype=args.dtype)) for c in configs]
+    configs = [variant for c in configs for variant in variants(c, args.vary)]
+    for config in configs:
+        config_lib.check(config)
+    platform.start(configs[0])
     with jax.set_mesh(mesh_lib.build(configs[0].mesh)):
         rows = [build(config) for config in configs]
         for row in rows:
@@ -157,6 +170,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     show(results, platform.describe_devices(), as_json=args.json)
 
 
+def variants(config: Config, vary: str | None) -> list[Config]:
+    if vary is None:
+        return [config]
+    key, values = vary.split("=", 1)
+    made = [(v, config_lib.apply_sets(config, [f"{key}={v}"])) for v in values.split(",")]
+    return [replace(c, name=f"{c.name} {value}") for value, c in made]
+
+
 def show(results: list[dict[str, Any]], devices: str, *, as_json: bool) -> None:
     dense = next((r["model_tflops"] for r in results if r["row"] == "dense"), None)
     for r in results:
@@ -165,14 +186,19 @@ def show(results: list[dict[str, Any]], devices: str, *, as_json: bool) -> None:
         print(json.dumps({"devices": devices, "jax": jax.__version__, "rows": results}))
         return
     print(f"{devices}, jax {jax.__version__}")
-    print("row         tokens/s  GFLOP/s   MFU  of dense  drops  load max  temp MB  compile s")
+    wide = max(len(r["row"]) for r in results)
+    print(
+        f"{'row':{wide}}  tokens/s  GFLOP/s   MFU  of dense  drops  overflows  load max  temp MB"
+        "  compile s"
+    )
     for r in results:
         of_dense = "" if r["of_dense"] is None else f"{r['of_dense']:8.2f}"
         load = "" if r["load_max"] is None else f"{r['load_max']:8.2f}"
+        overflows = "" if r["overflow_rate"] is None else f"{r['overflow_rate']:.0%}"
         drops = "" if r["drop_rate"] is None else f"{r['drop_rate']:.0%}"
         print(
-            f"{r['row']:10} {r['tokens_per_second']:9,.0f} {1e3 * r['model_tflops']:8.1f}"
-            f" {r['mfu']:5.0%}  {of_dense:8} {drops:>6}  {load:8}"
+            f"{r['row']:{wide}} {r['tokens_per_second']:9,.0f} {1e3 * r['model_tflops']:8.1f}"
+            f" {r['mfu']:5.0%}  {of_dense:8} {drops:>6}  {overflows:>9}  {load:8}"
             f" {r['temporary_bytes'] / 1e6:8.0f}  {r['compile_seconds']:9.1f}"
         )
 

@@ -18,8 +18,9 @@ Rowwise = Callable[[Any, Array, Array], Array]
 Pack = Callable[[Any], Any]
 
 # Rows at a time, and at the ragged end of a segment, where half a block would be wasted on average.
-# 4,096 tokens over 8 experts top-2 (width 256, ff 512), the same (128, 128), and 64 top-8 (256,
-# 128): 126, 102 and 90 GFLOP/s at 128 rows, 134, 105 and 90 at 256, 122, 111 and 80 at 512 (LOG.md).
+# 4,096 tokens over 8 experts top-2 (width 256, ff 512), the same (128, 128) and 64 top-8 (256,
+# 128): 126, 102 and 90 GFLOP/s at 128 rows, 134, 105 and 90 at 256, 122, 111 and 80 at 512
+# (LOG.md).
 BLOCK, TAIL = 256, 32
 
 
