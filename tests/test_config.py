@@ -76,6 +76,7 @@ MODEL = ModelConfig(
     expert_bias=True,
     expert_path="blocked",
     expert_exchange="all_gather",
+    matmul="float8",
     router=RouterConfig(
         score="sigmoid",
         norm_top_k=False,

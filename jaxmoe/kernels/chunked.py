@@ -125,11 +125,11 @@ def _scores(
     visible_lm = distance_lm >= 0
     if mask.window is not None:
         visible_lm &= distance_lm < mask.window
-    visible_Zlm = visible_lm[None]
+    visible_zlm = visible_lm[None]  # z = 1 or Z
     if documents_ZL is not None:
         same_Zlm = documents_ZL[:, rows, None] == documents_ZL[:, None, keys]
-        visible_Zlm = visible_Zlm & same_Zlm
-    return jnp.where(visible_Zlm[:, :, None], scores_ZlGm, HIDDEN)
+        visible_zlm = visible_zlm & same_Zlm
+    return jnp.where(visible_zlm[:, :, None], scores_ZlGm, HIDDEN)
 
 
 def _matmul(equation: str, a: Array, b: Array) -> Array:

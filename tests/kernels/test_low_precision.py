@@ -105,12 +105,12 @@ def test_sharded_operands_give_the_same() -> None:
 
 @pytest.mark.parametrize("path", ["blocked", "batched"])
 def test_a_model_of_float8_learns_nearly_the_same(path: Any) -> None:
-    """Loss and gradients of a whole model, also on 2 x 2 x 2 devices: near those of float32, and
-    not the same."""
+    """Loss and gradients of a whole model, one also on 2 x 2 x 2 devices: near those of float32,
+    and not the same."""
     cfg = ModelConfig(
         vocab_size=64,
         d_model=32,
-        n_layers=2,
+        n_layers=1,
         d_head=8,
         d_ff=24,
         n_experts=4,
@@ -136,12 +136,14 @@ def test_a_model_of_float8_learns_nearly_the_same(path: Any) -> None:
         return float(value), np.concatenate([np.ravel(g) for g in jax.tree.leaves(grads)])
 
     plain, one = run("plain"), run("float8")
-    many = run("float8", data=2, expert=2, model=2)
-    for value, gradient in (one, many):
+    found = [one]
+    if path == "blocked":
+        found.append(run("float8", data=2, expert=2, model=2))
+        assert abs(one[0] - found[1][0]) < 5e-3
+    for value, gradient in found:
         assert 1e-6 < abs(value - plain[0]) < 2e-2
         cosine = gradient @ plain[1] / np.linalg.norm(gradient) / np.linalg.norm(plain[1])
         assert 0.97 < cosine < 0.99999
-    assert abs(one[0] - many[0]) < 5e-3
 
 
 def test_without_qwix_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

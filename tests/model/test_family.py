@@ -219,9 +219,9 @@ def assert_same_run(got: Any, wanted: Any) -> None:
     (value, (_, stats)), grads = got
     (wanted_value, (_, wanted_stats)), wanted_grads = wanted
     assert_close(value, wanted_value, name="loss")
-    for (path, g), w in zip(
-        tree.named_leaves(stats.router), jax.tree.leaves(wanted_stats.router), strict=True
-    ):
+    # Whether a buffer overflows is a matter of the layout.
+    ours, theirs = (replace(s.router, overflow=None) for s in (stats, wanted_stats))
+    for (path, g), w in zip(tree.named_leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-6, err_msg=path)
     assert_same_gradients(grads, wanted_grads)
 

@@ -197,16 +197,16 @@ def test_suffixes_are_true(name: str) -> None:
     assert not untrue, "\n".join(sorted(set(untrue)))
 
 
-STEP = "lm_loss attention causal_attention _attend rope make_turns route _switch _forward look_up"
-STEP += " positions make_places make_order"
+STEP = "lm_loss attention causal_attention _attend _matmuls rope make_turns route _switch"
+STEP += " _forward look_up positions make_places make_order"
 BATCHED = "_batched _ffn to_experts from_experts _from_slots_bwd _to_slots_bwd slot_plan"
 BLOCKED = "_through _through_backward grouped grouped_gradients _one_expert _pack sum_of_slots"
 BLOCKED += " packed_places"
 SEEN = {
-    "uniform": f"{BATCHED} _grouped_qkv _softmax moe",
+    "uniform": f"{BATCHED} _grouped_qkv _summed moe",
     "latent": f"{BLOCKED} _AllGather.rows _AllGather.sum_back _mla_qkv _mtp _ahead"
     " _same_document balanced _jittered _choose ffn",
-    "sunk": "_of_its_expert grouped_matmul _Ragged._send _Ragged._return _softmax"
+    "sunk": "_of_its_expert grouped_matmul _Ragged._send _Ragged._return _summed"
     " soft_capped activate",
 }
 
