@@ -87,7 +87,9 @@ def expert_step(
     weights: jax.Array,
     ids: jax.Array,
 ) -> Any:
-    _, pull = jax.vjp(lambda w, x, u: experts(cfg, x, u, ids, w), w, x_BLD, weights)
+    _, pull, _ = jax.vjp(
+        lambda w, x, u: experts(cfg, x, u, ids, w), w, x_BLD, weights, has_aux=True
+    )
     return pull(dy_BLD)
 
 

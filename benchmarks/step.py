@@ -155,17 +155,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     for config in configs:
         config_lib.check(config)
     platform.start(configs[0])
-    with jax.set_mesh(mesh_lib.build(configs[0].mesh)):
+    mesh = mesh_lib.build(configs[0].mesh)
+    with jax.set_mesh(mesh):
         rows = [build(config) for config in configs]
         for row in rows:
             row.steps(args.warm, keep=False)
-        for _ in range(TURNS):
-            for row in rows:
-                row.peaks.append(platform.measured_peak(args.dtype))
+    for _ in range(TURNS):
+        for row in rows:
+            row.peaks.append(platform.measured_peak(args.dtype))  # of one device: outside the mesh
+            with jax.set_mesh(mesh):
                 row.steps(args.steps, keep=True)
-        for row in rows if args.profile else ():
-            with jax.profiler.trace(f"{args.profile}/{row.config.name}"):
-                row.steps(3, keep=False)
+    for row in rows if args.profile else ():
+        with jax.set_mesh(mesh), jax.profiler.trace(f"{args.profile}/{row.config.name}"):
+            row.steps(3, keep=False)
     results = [row.result() for row in rows]
     show(results, platform.describe_devices(), as_json=args.json)
 

@@ -56,7 +56,7 @@ def grouped(
         starts_eg, lengths_eg: int32 segments of each group, rising over (e, g).
         pack: linear; a group's parameters as f wants them, made once a group.
     """
-    block = min(BLOCK, len(x_SD))
+    block = _block(len(x_SD), len(lengths_eg))
     # A last block may reach beyond its segment, and beyond the buffer: what it writes there belongs
     # to later segments, which overwrite it, or to none.
     x_sD, weights_s = _padded(x_SD, block), _padded(weights_S, block)
@@ -87,7 +87,7 @@ def grouped_gradients(
 ) -> tuple[Any, Array, Array]:
     """dw, dx_SD, dweights_S of `grouped`; f is computed once more, block by block. Sums over rows
     are float32."""
-    block = min(BLOCK, len(x_SD))
+    block = _block(len(x_SD), len(lengths_eg))
     x_sD, weights_s = _padded(x_SD, block), _padded(weights_S, block)
     dy_sD = _padded(dy_SD, block)
 
@@ -112,6 +112,11 @@ def grouped_gradients(
     begin = (jnp.zeros_like(x_sD), jnp.zeros_like(weights_s))
     (dx_sD, dweights_s), dw = jax.lax.scan(group, begin, (w, starts_eg, lengths_eg))
     return dw, dx_sD[: len(x_SD)], dweights_s[: len(x_SD)]
+
+
+def _block(rows: int, groups: int) -> int:
+    """Half of it where most of a group's rows would be in the tail."""
+    return min(BLOCK if rows >= 2 * BLOCK * groups else BLOCK // 2, rows)
 
 
 def _walk(step: Any, starts_g: Array, lengths_g: Array, block: int, state: Any) -> Any:
