@@ -102,9 +102,9 @@ def jaxmoe(spec: Spec, meter: Meter) -> None:
 
 def transformers(spec: Spec, meter: Meter) -> None:
     """OLMoE without its query and key norms, which the shape does not have."""
-    import torch
-    from transformers import OlmoeConfig, OlmoeForCausalLM
-    from transformers import __version__ as version
+    import torch  # pyright: ignore[reportMissingImports]
+    from transformers import OlmoeConfig, OlmoeForCausalLM  # pyright: ignore[reportMissingImports]
+    from transformers import __version__ as version  # pyright: ignore[reportMissingImports]
 
     model_of, optim = spec["model"], spec["optim"]
     torch.manual_seed(0)
