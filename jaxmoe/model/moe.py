@@ -241,7 +241,9 @@ def _rounds(run: Any, kind: str, size: int, largest: Array, like: Any) -> Any:
     """The sum of what run(kind, size, first) gives for first = 0, size, ... below `largest`."""
 
     def add(i: Array, total: Any) -> Any:
-        part = run(kind, size, i * size)
+        # The barrier: libtpu 0.0.42 fails on an all-reduce in a loop whose sum is cast and added up
+        # ("while_loop_all_reduce_code_motion ... RET_CHECK").
+        part = jax.tree.map(jax.lax.optimization_barrier, run(kind, size, i * size))
         return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, part)
 
     # float32: a token's choices may be in several rounds.
