@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with jax.set_mesh(mesh_lib.build(MeshConfig())):
         for name in args.cases:
             for path in args.paths:
-                cfg = config_with(cases()[name], path, args.dtype)
+                cfg = replace(cases()[name], expert_path=path, dtype=args.dtype)
                 results.append(measure(name, cfg, args.tokens, args.dtype, args.seconds))
     if args.json:
         print(json.dumps({"devices": platform.describe_devices(), "rows": results}))
@@ -165,10 +165,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             f" {r['of_dense']:9.2f} {r['best_of_dense']:5.2f} {r['load_max']:9.2f}"
             f" {r['temporary_bytes'] / 1e6:8.0f}"
         )
-
-
-def config_with(cfg: ModelConfig, path: str, dtype: str) -> ModelConfig:
-    return replace(cfg, expert_path=path, dtype=dtype)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,10 @@ class Order:
     place_tA: Any  # int32: the place of each choice
     load_E: Any  # int32: rows of each expert
 
+    @property
+    def token_S(self) -> Array:
+        return self.choice_S // self.place_tA.shape[1]
+
 
 @struct.dataclass
 class Plan:
@@ -43,8 +47,7 @@ def make_order(ids_tA: Array, n_experts: int) -> Order:
         choice_S = keys_S % n
     else:
         choice_S = jnp.argsort(ids_tA.reshape(-1), stable=True).astype(jnp.int32)
-    places_S = jnp.arange(n, dtype=jnp.int32)
-    place_n = jnp.zeros_like(choice_S).at[choice_S].set(places_S, unique_indices=True)
+    place_n = inverse(choice_S, n)
     load_E = expert_load(ids_tA, n_experts)
     return Order(choice_S=choice_S, place_tA=place_n.reshape(t, a), load_E=load_E)
 
@@ -52,7 +55,7 @@ def make_order(ids_tA: Array, n_experts: int) -> Order:
 def slot_plan(order: Order, ids_tA: Array, capacity: int, first: Array | int = 0) -> Plan:
     """C slots an expert, filled in order with its rows first .. first + C - 1; others have none."""
     n, n_experts = ids_tA.size, len(order.load_E)
-    start_E = jnp.cumsum(order.load_E) - order.load_E
+    start_E = starts(order.load_E)
     rank_tA = order.place_tA - take(start_E, ids_tA) - first
     has_slot_tA = (rank_tA >= 0) & (rank_tA < capacity)
     slot_tA = jnp.where(has_slot_tA, ids_tA * capacity + rank_tA, n_experts * capacity)
@@ -60,6 +63,21 @@ def slot_plan(order: Order, ids_tA: Array, capacity: int, first: Array | int = 0
     choice_EC = take(order.choice_S, start_E[:, None] + slots_C[None])
     choice_S = jnp.where(slots_C[None] < order.load_E[:, None], choice_EC, n).reshape(-1)
     return Plan(slot_tA=slot_tA, token_S=choice_S // ids_tA.shape[1], choice_S=choice_S)
+
+
+def starts(lengths: Array) -> Array:
+    """Where each of these begins, of the same shape, where they lie one behind the other."""
+    flat = lengths.reshape(-1)
+    return (jnp.cumsum(flat) - flat).reshape(lengths.shape)
+
+
+def inverse(places_S: Array, size: int) -> Array:
+    """int32 [size]: the position in `places_S` of each number below `size`; S for those that are
+    not in it."""
+    n = len(places_S)
+    positions_S = jnp.arange(n, dtype=jnp.int32)
+    found = jnp.full(size, n, jnp.int32)
+    return found.at[places_S].set(positions_S, mode="drop", unique_indices=True)
 
 
 def expert_load(ids_tA: Array, n_experts: int) -> Array:

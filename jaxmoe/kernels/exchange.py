@@ -20,7 +20,9 @@ import jax.numpy as jnp
 from jaxmoe.kernels.dispatch import (
     Order,
     from_experts,
+    inverse,
     slot_plan,
+    starts,
     sum_of_slots,
     take,
     to_experts,
@@ -130,11 +132,11 @@ class _Packed:
 class _Local(_Packed):
     def __init__(self, order: Order) -> None:
         self._order = order
-        starts_E = jnp.cumsum(order.load_E) - order.load_E
-        self.starts_eg, self.lengths_eg = starts_E[:, None], order.load_E[:, None]
+        self.lengths_eg = order.load_E[:, None]
+        self.starts_eg = starts(self.lengths_eg)
 
     def rows(self, x_tD: Array) -> Array:
-        return take(x_tD, self._order.choice_S // self._order.place_tA.shape[1])
+        return take(x_tD, self._order.token_S)
 
     def weights(self, weights_tA: Array) -> Array:
         return take(weights_tA.reshape(-1), self._order.choice_S)
@@ -156,8 +158,8 @@ class _AllToAll:
         lengths_ge = filled_E.reshape(jax.lax.axis_size(AXIS), -1)
         lengths_ge = jax.lax.all_to_all(lengths_ge, AXIS, split_axis=0, concat_axis=0)
         self.lengths_eg = lengths_ge.T
-        starts = jnp.arange(self.lengths_eg.size, dtype=jnp.int32) * capacity
-        self.starts_eg = starts.reshape(self.lengths_eg.shape)
+        begins = jnp.arange(self.lengths_eg.size, dtype=jnp.int32) * capacity
+        self.starts_eg = begins.reshape(self.lengths_eg.shape)
 
     def rows(self, x_tD: Array) -> Array:
         return self._there(take(x_tD, self._plan.token_S))
@@ -178,7 +180,7 @@ class _AllToAll:
         # Slots are in order, so a row's place is the filled slots before it.
         slots_1C = jnp.arange(self._capacity, dtype=jnp.int32)[None]
         filled_n1 = self.lengths_eg.reshape(-1, 1)
-        places = (jnp.cumsum(filled_n1, axis=0) - filled_n1) + slots_1C
+        places = starts(filled_n1) + slots_1C
         return take(a, jnp.where(slots_1C < filled_n1, places, len(a)).reshape(-1))
 
     def _there(self, a: Array) -> Array:
@@ -201,17 +203,14 @@ class _AllGather(_Packed):
         first_g1 = jnp.arange(shards, dtype=jnp.int32)[:, None] * (t * a)
         all_eg = _mine(load_gE).T
         place_S = packed_places((first_g1 + starts_ge).T, all_eg, size, first)
-        starts_eg = _packed_starts(all_eg) - first
+        starts_eg = starts(all_eg) - first
         self.starts_eg = jnp.clip(starts_eg, 0, size)
         self.lengths_eg = jnp.clip(starts_eg + all_eg, 0, size) - self.starts_eg
         choice_n = jax.lax.all_gather(order.choice_S, AXIS)
         choice_n = (choice_n + first_g1).reshape(-1)  # of all shards' tokens
         self._choice_S = take(choice_n, place_S, fill=shards * t * a)
         self._a = a
-        slots = jnp.full(shards * t * a, size, jnp.int32)
-        places = jnp.arange(size, dtype=jnp.int32)
-        slots = slots.at[self._choice_S].set(places, mode="drop", unique_indices=True)
-        self._slot_nA = slots.reshape(-1, a)
+        self._slot_nA = inverse(self._choice_S, shards * t * a).reshape(-1, a)
 
     def rows(self, x_tD: Array) -> Array:
         x_nD = jax.lax.all_gather(x_tD, AXIS, tiled=True)
@@ -247,15 +246,13 @@ class _Ragged(_Packed):
         self._back = (before_gh[:, me], sent_gh[:, me], within_gh[:, me], sent_gh[me])
         load_ge = _mine(load_gE)
         self.lengths_eg = load_ge.T
-        self.starts_eg = _packed_starts(self.lengths_eg)
+        self.starts_eg = starts(self.lengths_eg)
         arrived_ge = before_gh[:, me, None] + jnp.cumsum(load_ge, axis=1) - load_ge
         self._place_S = packed_places(arrived_ge.T, self.lengths_eg, size)
-        places = jnp.arange(size, dtype=jnp.int32)
-        self._slot_S = jnp.full(size, size, jnp.int32)
-        self._slot_S = self._slot_S.at[self._place_S].set(places, mode="drop", unique_indices=True)
+        self._slot_S = inverse(self._place_S, size)
 
     def rows(self, x_tD: Array) -> Array:
-        return self._send(take(x_tD, self._order.choice_S // self._order.place_tA.shape[1]))
+        return self._send(take(x_tD, self._order.token_S))
 
     def weights(self, weights_tA: Array) -> Array:
         return self._send(take(weights_tA.reshape(-1), self._order.choice_S))
@@ -277,17 +274,12 @@ class _Ragged(_Packed):
 def packed_places(starts_eg: Array, lengths_eg: Array, size: int, first: Array | int = 0) -> Array:
     """int32 [size]: the sources of the rows first, first + 1, ... of a buffer in which segments lie
     one behind the other; beyond them a number too large for any source."""
-    lengths, starts = lengths_eg.reshape(-1), starts_eg.reshape(-1)
+    lengths = lengths_eg.reshape(-1)
     ends = jnp.cumsum(lengths)
     at_S = first + jnp.arange(size, dtype=jnp.int32)
     segment_S = jnp.searchsorted(ends, at_S, side="right").astype(jnp.int32)
-    shift = starts - (ends - lengths)
+    shift = starts_eg.reshape(-1) - (ends - lengths)
     return jnp.where(at_S < ends[-1], at_S + take(shift, segment_S), jnp.iinfo(jnp.int32).max)
-
-
-def _packed_starts(lengths_eg: Array) -> Array:
-    lengths = lengths_eg.reshape(-1)
-    return (jnp.cumsum(lengths) - lengths).reshape(lengths_eg.shape)
 
 
 def _mine(a_gE: Array) -> Array:
