@@ -29,6 +29,7 @@ import numpy as np
 from jaxmoe import config as config_lib
 from jaxmoe import mesh as mesh_lib
 from jaxmoe.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, replace
+from jaxmoe.config_check import check
 from jaxmoe.data.cache import prepare
 from jaxmoe.data.loader import Stream
 from jaxmoe.model.cost import cost
@@ -154,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     configs = [replace(c, model=replace(c.model, dtype=args.dtype)) for c in configs]
     configs = [variant for c in configs for variant in variants(c, args.vary)]
     for config in configs:
-        config_lib.check(config)
+        check(config)
     platform.start(configs[0])
     mesh = mesh_lib.build(configs[0].mesh)
     with jax.set_mesh(mesh):

@@ -1,7 +1,8 @@
 """The config tree: frozen, keyword-only dataclasses, strict on load, JSON both ways, fingerprinted.
 
 A config file is Python with functions that return a `Config`; a variant is `replace` of a parent.
-Values are validated by pydantic (types, ranges, unknown keys); cross-field rules live in `check`.
+Values are validated by pydantic (types, ranges, unknown keys); rules between fields are in
+config_check.py.
 Configs are hashable and are passed to jitted functions as static arguments.
 """
 
@@ -18,11 +19,10 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from jaxmoe import attention_paths
 from jaxmoe.config_file import import_file
 from jaxmoe.errors import UserError
 
-__all__ = ["Config", "apply_sets", "check", "diff", "fingerprint", "from_json", "load", "replace"]
+__all__ = ["Config", "apply_sets", "diff", "fingerprint", "from_json", "load", "replace"]
 
 Positive = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
@@ -323,118 +323,6 @@ def diff(a: Config, b: Config) -> list[str]:
     """`key: value in a -> value in b` for every leaf that differs."""
     left, right = dict(_leaves(dataclasses.asdict(a))), dict(_leaves(dataclasses.asdict(b)))
     return [f"{k}: {left[k]!r} -> {right[k]!r}" for k in left if left[k] != right[k]]
-
-
-def check(config: Config) -> None:
-    """Rules that span fields. Device counts are checked where devices are known (mesh.py)."""
-    m, mesh = config.model, config.mesh
-    _check_attention(m)
-    attention_paths.check(m, config.data.document_mask)
-    _check_experts(m)
-    _divides("model.loss_chunk", m.loss_chunk, "train.seq_len", config.train.seq_len)
-    if not m.is_dense:
-        _divides("mesh.expert", mesh.expert, "model.n_experts", m.n_experts)
-    for dim in ("n_heads", "n_kv_heads", "d_ff", "d_ff_dense", "vocab_size"):
-        # One key/value head is kept by all; d_ff_dense = 0 divides.
-        if dim != "n_kv_heads" or m.n_kv_heads > 1:
-            _divides("mesh.model", mesh.model, f"model.{dim}", getattr(m, dim))
-    for axis in ("stage", "context"):
-        size = getattr(mesh, axis)
-        _require(
-            size == 1, f"mesh.{axis}={size}: this axis is laid out but not built yet; set it to 1"
-        )
-    _require(mesh.data != 0, "mesh.data=0: give a size, or -1 for all devices that are left")
-    _divides("eval.every", config.eval.every, "forecast.every", config.forecast.every)
-    _divides("eval.every", config.eval.every, "forecast.first", config.forecast.first)
-    if config.data.tokenizer == "bytes":
-        _require(m.vocab_size >= 257, f"model.vocab_size={m.vocab_size}: bytes need at least 257")
-
-
-def _check_attention(m: ModelConfig) -> None:
-    _divides("model.n_kv_heads", m.n_kv_heads, "model.n_heads", m.n_heads)
-    if m.mla is None:
-        _require(m.d_head % 2 == 0, f"model.d_head={m.d_head} must be even: RoPE turns pairs")
-    else:
-        width = m.mla.d_rope
-        _require(width % 2 == 0, f"model.mla.d_rope={width} must be even: RoPE turns pairs")
-        _require(
-            m.n_kv_heads == m.n_heads,
-            f"model.n_kv_heads={m.n_kv_heads}: with model.mla every head has its own keys; set it"
-            f" to model.n_heads={m.n_heads}",
-        )
-        for name, plain in (("qk_norm", "none"), ("attention_bias", False)):
-            value = getattr(m, name)
-            _require(value == plain, f"model.{name}={value}: with model.mla it must be {plain}")
-    _require(
-        m.global_every == 0 or m.sliding_window is not None,
-        f"model.global_every={m.global_every} needs model.sliding_window for the other layers",
-    )
-    _check_rope(m.rope, m.rotary_width)
-
-
-def _check_rope(rope: RopeConfig, width: int) -> None:
-    _require(
-        rope.scaling != "none" or rope.factor == 1,
-        f"model.rope.factor={rope.factor} needs model.rope.scaling: linear, ntk, yarn or llama3",
-    )
-    _require(
-        rope.scaling != "ntk" or width > 2,
-        f"model.rope.scaling=ntk needs more than the {width} rotary dims of a head",
-    )
-    low, high = rope.low_freq_factor, rope.high_freq_factor
-    _require(
-        rope.scaling != "llama3" or low < high,
-        f"model.rope.low_freq_factor={low} must be less than model.rope.high_freq_factor={high}",
-    )
-
-
-def _check_experts(m: ModelConfig) -> None:
-    e, r = m.n_experts, m.router
-    _require(m.top_k <= e, f"model.top_k={m.top_k} is more than model.n_experts={e}")
-    _require(
-        m.first_dense < m.n_layers or m.is_dense,
-        f"model.first_dense={m.first_dense} leaves none of model.n_layers={m.n_layers} experts;"
-        " a dense model has model.n_experts=1",
-    )
-    _require(
-        m.first_dense + m.moe_every <= m.n_layers or m.is_dense,
-        f"model.moe_every={m.moe_every} is more than the layers after model.first_dense="
-        f"{m.first_dense} of model.n_layers={m.n_layers}, so that none has experts",
-    )
-    _require(
-        m.expert_path != "batched" or m.expert_exchange in ("auto", "all_to_all"),
-        f"model.expert_exchange={m.expert_exchange} does not give model.expert_path=batched its"
-        " equal slots; set it to all_to_all",
-    )
-    _require(
-        m.expert_path != "kernel" or m.matmul == "plain",
-        f"model.matmul={m.matmul} is not built for model.expert_path=kernel; set that to batched",
-    )
-    _divides("model.router.n_groups", r.n_groups, "model.n_experts", e)
-    _require(
-        r.top_k_groups <= r.n_groups,
-        f"model.router.top_k_groups={r.top_k_groups} is more than"
-        f" model.router.n_groups={r.n_groups}",
-    )
-    size = e // r.n_groups
-    _require(
-        r.n_groups == 1 or size >= 2,
-        f"model.router.n_groups={r.n_groups} leaves {size} expert a group: it needs two",
-    )
-    _require(
-        m.top_k <= r.top_k_groups * size,
-        f"model.top_k={m.top_k} is more than the {r.top_k_groups * size} experts of"
-        f" model.router.top_k_groups={r.top_k_groups} groups",
-    )
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise UserError(message)
-
-
-def _divides(small_name: str, small: int, big_name: str, big: int) -> None:
-    _require(big % small == 0, f"{small_name}={small} does not divide {big_name}={big}")
 
 
 def _literal(text: str) -> Any:

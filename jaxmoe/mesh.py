@@ -25,8 +25,9 @@ from jaxmoe.spec import Spec, is_spec
 AXES = ("replica", "stage", "data", "context", "expert", "model")
 
 # The batch is spread over every axis that is not busy with something else. The expert axis is one:
-# tokens sit on all its devices, and travel to their experts by all-to-all.
-BATCH = ("replica", "data", "expert")
+# tokens sit on all its devices, and travel to their experts by all-to-all. The stage axis is one
+# too, but inside of the pipeline: embedding, head and layers outside of it are spread over stages.
+BATCH = ("replica", "data", "expert", "stage")
 
 MeshAxes = tuple[str, ...]
 
@@ -152,6 +153,18 @@ def global_array(mesh: Mesh, shape: tuple[int, ...], rows: Any) -> jax.Array:
         return rows(start, stop)
 
     return jax.make_array_from_callback(shape, batch_sharding(mesh, len(shape)), shard)
+
+
+def batch() -> MeshAxes:
+    """The axes that the batch is spread over here: inside of the pipeline not `stage`. Inside of
+    a shard_map over all axes, ask what is `varying` instead."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return tuple(axis for axis in BATCH if axis not in manual)
+
+
+def tokens(*rest: str | None) -> P:
+    """The PartitionSpec of an activation [B, L, *rest]."""
+    return P(batch(), None, *rest)
 
 
 def varying(*arrays: jax.Array) -> frozenset[str]:

@@ -16,6 +16,7 @@ import jaxmoe
 from jaxmoe import config as config_lib
 from jaxmoe import mesh as mesh_lib
 from jaxmoe.config import Config
+from jaxmoe.config_check import check
 from jaxmoe.data.cache import Corpus, cache_root, prepare
 from jaxmoe.errors import UserError
 from jaxmoe.forecast import register
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(config: Config, run_dir: Path, resume: str) -> int:
     """Builds everything, trains, and leaves the record; nothing is written before it is checked."""
     began = time.perf_counter()
-    config_lib.check(config)
+    check(config)
     record.check_directory(run_dir, config, resume)
     platform.start(config)
     xla.keep_compiled(cache_root(config.data))

@@ -23,13 +23,13 @@ from jaxmoe.config import (
     TrainConfig,
     apply_sets,
     as_dict,
-    check,
     diff,
     fingerprint,
     from_json,
     load,
     replace,
 )
+from jaxmoe.config_check import check
 from jaxmoe.errors import UserError
 
 # Consistent, and no value a default: a field that is lost on the way shows.

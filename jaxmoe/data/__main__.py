@@ -14,7 +14,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import jaxmoe
-from jaxmoe.config import Config, apply_sets, check, load
+from jaxmoe.config import Config, apply_sets, load
+from jaxmoe.config_check import check
 from jaxmoe.data.build import Report
 from jaxmoe.data.cache import Corpus, prepare
 from jaxmoe.data.loader import Stream

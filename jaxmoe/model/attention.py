@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxmoe.config import MlaConfig, ModelConfig
 from jaxmoe.kernels.attention import causal_attention, checks_vma, pick
 from jaxmoe.kernels.low_precision import einsum
-from jaxmoe.mesh import BATCH
+from jaxmoe.mesh import tokens
 from jaxmoe.model.norm import rms_norm, rms_norm_specs
 from jaxmoe.model.rope import Turns, rope, score_scale
 from jaxmoe.spec import Spec
@@ -78,15 +78,14 @@ def attention(
         masked = places.documents_BL is not None
         path = pick(cfg.attention_path, q_BLNH, v, cap, documents=masked, sinks=cfg.attention_sinks)
         local = partial(_attend, scale=scale, window=window, soft_cap=cap, path=path)
-        heads = P(BATCH, None, "model", None)
+        heads = tokens("model", None)
         inputs = (q_BLNH, k, v, places.documents_BL, params.sinks_N)
-        specs = (heads, _kv_spec(k), _kv_spec(v), P(BATCH, None), P("model"))
+        specs = (heads, _kv_spec(k), _kv_spec(v), tokens(), P("model"))
         mapped = jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=checks_vma(path))
         o_BLNU = mapped(*inputs)
     with jax.named_scope("out"):
         wo_NUD = params.wo_NHD if cfg.mla is None else params.wo_NUD
-        rows = P(BATCH, None, None)
-        y_BLD = einsum("BLNU,NUD->BLD", o_BLNU, wo_NUD, cfg.matmul, out_sharding=rows)
+        y_BLD = einsum("BLNU,NUD->BLD", o_BLNU, wo_NUD, cfg.matmul, out_sharding=tokens(None))
         bias_D = getattr(params, "bo_D", None)
         return y_BLD if bias_D is None else y_BLD + bias_D[None, None]
 
@@ -106,7 +105,7 @@ def _kv_spec(x: Any) -> Any:
     """Heads over `model`; a single one is on all of its shards."""
     if isinstance(x, tuple):
         return tuple(_kv_spec(part) for part in x)
-    return P(BATCH, None, "model" if x.shape[2] > 1 else None, None)
+    return tokens("model" if x.shape[2] > 1 else None, None)
 
 
 def _residual_gain(cfg: ModelConfig) -> float:

@@ -6,11 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.kernels.low_precision import einsum
-from jaxmoe.mesh import BATCH
+from jaxmoe.mesh import tokens
 from jaxmoe.spec import Spec
 
 Array = jax.Array
@@ -42,8 +41,8 @@ def ffn(params: Ffn, x_BLD: Array, cfg: ModelConfig) -> Array:
     gate_BLf = einsum("BLD,DF->BLF", x_BLD, params.wgate_DF, cfg.matmul)
     up_BLf = einsum("BLD,DF->BLF", x_BLD, params.wup_DF, cfg.matmul)
     hidden_BLf = activate(gate_BLf, up_BLf, cfg)
-    rows = P(BATCH, None, None)
-    return einsum("BLF,FD->BLD", hidden_BLf, params.wdown_FD, cfg.matmul, out_sharding=rows)
+    out = tokens(None)
+    return einsum("BLF,FD->BLD", hidden_BLf, params.wdown_FD, cfg.matmul, out_sharding=out)
 
 
 def activate(gate: Array, up: Array, cfg: ModelConfig) -> Array:

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.kernels.cross_entropy import LossSums, cross_entropy, soft_capped
-from jaxmoe.mesh import BATCH, gather
+from jaxmoe.mesh import gather, tokens
 from jaxmoe.model.attention import Places
 from jaxmoe.model.norm import rms_norm, rms_norm_specs
 from jaxmoe.model.rope import make_turns
@@ -214,9 +214,9 @@ def look_up(embed_VD: Array, tokens_BL: Array) -> Array:
         rows_blD = embed_vD.at[jnp.where(mine, here, 0)].get(mode="clip")
         return jax.lax.psum(jnp.where(mine[..., None], rows_blD, 0), "model")
 
-    return jax.shard_map(
-        local, in_specs=(P("model", None), P(BATCH, None)), out_specs=P(BATCH, None, None)
-    )(embed_VD, tokens_BL)
+    return jax.shard_map(local, in_specs=(P("model", None), tokens()), out_specs=tokens(None))(
+        embed_VD, tokens_BL
+    )
 
 
 def _embed(params: Lm, tokens_BL: Array, cfg: ModelConfig) -> Array:

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from jaxmoe.config import ModelConfig
 from jaxmoe.kernels import dispatch, exchange
 from jaxmoe.kernels.low_precision import einsum
-from jaxmoe.mesh import BATCH, platform, vary_alike
+from jaxmoe.mesh import batch, platform, tokens, vary_alike, varying
 from jaxmoe.model import blocked, sorted_experts
 from jaxmoe.model.ffn import activate, ffn, ffn_specs
 from jaxmoe.model.remat import rematerialised
@@ -94,7 +94,6 @@ def moe(
     return y_BLD, replace(stats, overflow=overflow)
 
 
-_ROWS = P(BATCH, None, None)
 _IN = P("expert", None, "model")
 _WEIGHTS = Experts(
     wgate_EDF=_IN,
@@ -106,10 +105,14 @@ _WEIGHTS = Experts(
 )
 
 
-# Mesh axes over which an expert's rows are spread, but not its weights.
-_ROW_AXES = tuple(axis for axis in BATCH if axis != "expert")
-# Of a shard's `Order`; each shard of the batch has its own.
-_ORDER = dispatch.Order(choice_S=P(BATCH), place_tA=P(BATCH, None), load_E=P(BATCH))
+def _row_axes(x_tD: Array) -> tuple[str, ...]:
+    """Mesh axes over which an expert's rows are spread, but not its weights."""
+    return tuple(sorted(varying(x_tD) - {"expert", "model"}))
+
+
+def _order_spec() -> dispatch.Order:
+    """Of a shard's `Order`; each shard of the batch has its own."""
+    return dispatch.Order(choice_S=P(batch()), place_tA=P(batch(), None), load_E=P(batch()))
 
 
 def _apply_experts(
@@ -123,21 +126,23 @@ def _apply_experts(
 def _experts_fwd(
     cfg: ModelConfig, x_BLD: Array, weights_BLA: Array, ids_BLA: Array, w: Experts
 ) -> tuple[tuple[Array, Array], Any]:
-    order = jax.shard_map(partial(_order, cfg), in_specs=_ROWS, out_specs=_ORDER)(ids_BLA)
+    rows, ordered = tokens(None), _order_spec()
+    order = jax.shard_map(partial(_order, cfg), in_specs=rows, out_specs=ordered)(ids_BLA)
     mapped: Any = jax.shard_map(
         partial(_forward, cfg),
-        in_specs=(_ROWS, _ROWS, _ROWS, _ORDER, _WEIGHTS),
-        out_specs=(_ROWS, P()),
+        in_specs=(rows, rows, rows, ordered, _WEIGHTS),
+        out_specs=(rows, P()),
     )
     out = mapped(x_BLD, weights_BLA, ids_BLA, order, w)
     return out, (x_BLD, weights_BLA, ids_BLA, order, w)
 
 
 def _experts_bwd(cfg: ModelConfig, residuals: Any, cts: Any) -> tuple[Any, ...]:
+    rows = tokens(None)
     mapped: Any = jax.shard_map(
         partial(_backward, cfg),
-        in_specs=(_ROWS, _ROWS, _ROWS, _ORDER, _WEIGHTS, _ROWS),
-        out_specs=(_ROWS, _ROWS, _WEIGHTS),
+        in_specs=(rows, rows, rows, _order_spec(), _WEIGHTS, rows),
+        out_specs=(rows, rows, _WEIGHTS),
     )
     dx_BLD, dweights_BLA, dw = mapped(*residuals, cts[0])
     return dx_BLD, dweights_BLA, None, dw
@@ -229,7 +234,8 @@ def _switch(cfg: ModelConfig, order: dispatch.Order, run: Any, like: Any) -> tup
     if sizes == [most]:
         return run(kind, most), jnp.float32(0)
     # One answer for all devices: the branches hold collectives.
-    largest = jax.lax.pmax(exchange.needed(kind, order), BATCH)
+    needed = exchange.needed(kind, order)
+    largest = jax.lax.pmax(needed, tuple(sorted(varying(needed))))
     branches = [partial(run, kind, size) for size in sizes]
     if sizes[-1] < most:
         branches.append(partial(_rounds, run, kind, sizes[-1], largest, like))
@@ -282,7 +288,7 @@ def _through_backward(
     dx_tD, dweights_tA = sent.sum_back(dx_SD), sent.weights_back(dweights_S)
     # Each `model` shard has its part of F, each shard of the batch its rows.
     dx_tD, dweights_tA = jax.lax.psum((dx_tD, dweights_tA), "model")
-    dw = jax.lax.psum(dw, _ROW_AXES)
+    dw = jax.lax.psum(dw, _row_axes(x_tD))
     # The down bias is on all `model` shards, and only the first one's counts.
     if dw.bdown_ED is not None:
         dw = replace(dw, bdown_ED=jax.lax.psum(dw.bdown_ED, "model"))
@@ -292,10 +298,10 @@ def _through_backward(
 def _varying(w: Experts, *rows: Array) -> tuple[Any, ...]:
     """Marked as different on all devices of the batch and `model` axes: else the transpose of an
     implicit cast would put a collective into the loops."""
-    bias = w.bdown_ED
-    w = jax.lax.pcast(replace(w, bdown_ED=None), _ROW_AXES, to="varying")
+    bias, over = w.bdown_ED, _row_axes(rows[0])
+    w = jax.lax.pcast(replace(w, bdown_ED=None), over, to="varying")
     if bias is not None:
-        w = replace(w, bdown_ED=jax.lax.pcast(bias, (*_ROW_AXES, "model"), to="varying"))
+        w = replace(w, bdown_ED=jax.lax.pcast(bias, (*over, "model"), to="varying"))
     return w, *jax.lax.pcast(rows, "model", to="varying")
 
 

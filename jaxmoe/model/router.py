@@ -9,7 +9,7 @@ from flax import struct
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import ModelConfig, RouterConfig
-from jaxmoe.mesh import BATCH
+from jaxmoe.mesh import batch
 from jaxmoe.spec import Spec
 
 Array = jax.Array
@@ -172,9 +172,11 @@ def _load_balance(load_BE: Array, probs_BE: Array, rows_B: Array, scope: str) ->
     if scope == "sequence":
         return ((load_BE * probs_BE).sum(-1) / jnp.maximum(rows_B, 1)).sum() / total
 
-    def local(load_bE: Array, probs_bE: Array, rows_b: Array) -> Array:
-        return jax.lax.psum(loss(load_bE, probs_bE, rows_b), BATCH)
+    over = batch()
 
-    by_row = P(BATCH, None)
-    shared = jax.shard_map(local, in_specs=(by_row, by_row, P(BATCH)), out_specs=P())
+    def local(load_bE: Array, probs_bE: Array, rows_b: Array) -> Array:
+        return jax.lax.psum(loss(load_bE, probs_bE, rows_b), over)
+
+    by_row = P(over, None)
+    shared = jax.shard_map(local, in_specs=(by_row, by_row, P(over)), out_specs=P())
     return shared(load_BE, probs_BE, rows_B) / total

@@ -13,6 +13,7 @@ import pytest
 from jaxmoe import config as config_lib
 from jaxmoe import mesh as mesh_lib
 from jaxmoe.config import Config, MeshConfig, replace
+from jaxmoe.config_check import check
 from jaxmoe.model.lm import lm_specs
 from jaxmoe.run.state import abstract_state, make_optimizer
 from jaxmoe.run.step import Batch, train_step
@@ -105,7 +106,7 @@ def test_configs_are_found() -> None:
 @pytest.mark.parametrize("found", FOUND, ids=lambda found: found.rsplit(":", 1)[1])
 def test_config_is_sound_and_type_checks(found: str) -> None:
     config = config_lib.load(found)
-    config_lib.check(config)
+    check(config)
     assert config_lib.from_json(config_lib.json.dumps(config_lib.as_dict(config))) == config
     # A device's slots are counted in int32, so one device cannot have a cluster's batch.
     few = replace(config.train, batch_size=min(config.train.batch_size, 8))
@@ -115,7 +116,7 @@ def test_config_is_sound_and_type_checks(found: str) -> None:
     ways = int(np.prod([getattr(mesh, axis) for axis in mesh_lib.BATCH]))
     train = replace(config.train, batch_size=2 * ways)
     large = replace(config, mesh=mesh, train=train)
-    config_lib.check(large)
+    check(large)
     step_types(large, 512)
     for name in ("adamw", "muon"):
         update_types(replace(large, optim=replace(config.optim, name=name)), 512)
@@ -124,7 +125,7 @@ def test_config_is_sound_and_type_checks(found: str) -> None:
 def test_gpt4_type_checks_on_its_own_mesh() -> None:
     """Its batch on 24,576 devices, and a mesh that has none of 1 on the axes that are built."""
     config = config_lib.load(str(CONFIGS / "gpt4.py"))
-    config_lib.check(config)
+    check(config)
     sizes = mesh_lib.sizes(config.mesh, 24_576)
     assert all(sizes[axis] > 1 for axis in ("replica", "data", "expert", "model")), sizes
     step_types(config, 24_576)

@@ -16,6 +16,7 @@ from jaxmoe import config as config_lib
 from jaxmoe import spec as spec_lib
 from jaxmoe import tree
 from jaxmoe.config import MlaConfig, ModelConfig, RouterConfig, replace
+from jaxmoe.config_check import check
 from jaxmoe.model.cost import cost
 from jaxmoe.model.lm import lm_specs
 
@@ -208,7 +209,7 @@ BY_HAND = {
 @pytest.mark.parametrize("name", BY_HAND)
 def test_members_of_the_family_counted_by_hand(name: str) -> None:
     cfg, groups, active, of_mtp, products = BY_HAND[name]
-    config_lib.check(config_lib.Config(model=replace(cfg, loss_chunk=16)))
+    check(config_lib.Config(model=replace(cfg, loss_chunk=16)))
     counted = cost(cfg, seq_len=19)
     assert {group: n for group, n in counted.groups.items() if n} == groups
     assert counted.params == sum(groups.values())
