@@ -202,6 +202,8 @@ class MeshConfig(_Strict):
 
     replica: Positive = 1  # data parallel across slow links
     stage: Positive = 1  # pipeline
+    rounds: Positive = 1  # of it: each stage has so many groups of layers (model/pipeline.py)
+    microbatches: Natural = 0  # of it, a multiple of stage; 0: two for each stage, rows allowing
     data: Annotated[int, Field(ge=-1)] = -1  # fully sharded data parallel
     context: Positive = 1  # sequence
     expert: Positive = 1

@@ -18,11 +18,15 @@ def check(config: Config) -> None:
         # One key/value head is kept by all; d_ff_dense = 0 divides.
         if dim != "n_kv_heads" or m.n_kv_heads > 1:
             _divides("mesh.model", mesh.model, f"model.{dim}", getattr(m, dim))
-    for axis in ("stage", "context"):
-        size = getattr(mesh, axis)
-        _require(
-            size == 1, f"mesh.{axis}={size}: this axis is laid out but not built yet; set it to 1"
-        )
+    _require(
+        mesh.context == 1,
+        f"mesh.context={mesh.context}: this axis is laid out but not built yet; set it to 1",
+    )
+    _divides("mesh.stage", mesh.stage, "mesh.microbatches", mesh.microbatches)
+    _require(
+        mesh.rounds == 1 or mesh.stage > 1,
+        f"mesh.rounds={mesh.rounds} needs a pipeline: set mesh.stage to more than 1",
+    )
     _require(mesh.data != 0, "mesh.data=0: give a size, or -1 for all devices that are left")
     _divides("eval.every", config.eval.every, "forecast.every", config.forecast.every)
     _divides("eval.every", config.eval.every, "forecast.first", config.forecast.first)

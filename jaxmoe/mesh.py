@@ -34,7 +34,9 @@ MeshAxes = tuple[str, ...]
 # How parameters rest: every large dim sharded. Dense weights shard their embed dim over `expert` as
 # well, since that axis holds other tokens but no part of them; experts' weights already use it.
 STORE: dict[str, MeshAxes] = {
-    "layers": (),
+    "rounds": (),
+    "layers": ("stage",),
+    "others": (),  # layers outside of the pipeline
     "vocab": ("model",),
     "embed": ("data", "expert"),
     "expert_embed": ("data",),
@@ -160,6 +162,12 @@ def batch() -> MeshAxes:
     a shard_map over all axes, ask what is `varying` instead."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
     return tuple(axis for axis in BATCH if axis not in manual)
+
+
+def ways(axes: MeshAxes) -> int:
+    """Into how many parts these axes cut a dim, on the mesh that the trace is for."""
+    shape = dict(jax.sharding.get_abstract_mesh().shape)
+    return math.prod(shape.get(axis, 1) for axis in axes)
 
 
 def tokens(*rest: str | None) -> P:

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoe import tree
+from jaxmoe.errors import UserError
 
 # Dims that only enumerate matrices: not part of any of them.
-BATCH_AXES = ("layers", "experts")
+BATCH_AXES = ("rounds", "layers", "others", "experts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +66,32 @@ def map_specs(f: Callable[[Spec], Any], specs: Any) -> Any:
     return jax.tree.map(f, specs, is_leaf=is_spec)
 
 
-def stack(specs: Any, n: int) -> Any:
-    """The specs of n equal layers, stacked on a leading `layers` dim for a scan."""
-    return map_specs(lambda s: replace(s, shape=(n, *s.shape), axes=("layers", *s.axes)), specs)
+def stack(specs: Any, n: int, axis: str) -> Any:
+    """The specs of n equal layers, stacked on a leading dim for a scan. Axis: "layers" of those
+    that a pipeline spreads over its stages, "others"."""
+    return map_specs(lambda s: replace(s, shape=(n, *s.shape), axes=(axis, *s.axes)), specs)
+
+
+def in_rounds(specs: Any, rounds: int) -> Any:
+    """The same parameters with the leading `layers` dim as [rounds, layers of a round], so that
+    each stage of a pipeline has a part of every round. In memory they are the same array.
+
+    Raises:
+        UserError: the layers do not divide into rounds.
+    """
+
+    def one(s: Spec) -> Spec:
+        if rounds == 1 or s.axes[0] != "layers":
+            return s
+        if s.shape[0] % rounds:
+            raise UserError(
+                f"mesh.rounds={rounds} does not divide the {s.shape[0]} repeats of the layers that"
+                " the pipeline spreads; set it to a divisor"
+            )
+        shape = (rounds, s.shape[0] // rounds, *s.shape[1:])
+        return replace(s, shape=shape, axes=("rounds", *s.axes))
+
+    return map_specs(one, specs)
 
 
 def init(specs: Any, key: jax.Array) -> Any:

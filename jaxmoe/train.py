@@ -28,6 +28,7 @@ from jaxmoe.run import platform, record, xla
 from jaxmoe.run.loop import Outcome, Trainer
 from jaxmoe.run.params import open_params
 from jaxmoe.run.progress import Display, clock, display
+from jaxmoe.run.state import param_specs
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = ROOT / "configs" / "quickstart.py"
@@ -67,7 +68,7 @@ def run(config: Config, run_dir: Path, resume: str) -> int:
     platform.start(config)
     xla.keep_compiled(cache_root(config.data))
     mesh = mesh_lib.build(config.mesh)
-    mesh_lib.shardings(lm_specs(config.model), mesh)
+    mesh_lib.shardings(param_specs(config), mesh)
     mesh_lib.check_batch(mesh, "train.batch_size", config.train.batch_size)
     mesh_lib.check_batch(mesh, "eval.batch_size", config.eval.batch_size)
     origin = None

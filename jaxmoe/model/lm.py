@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec as P
 
-from jaxmoe.config import ModelConfig
+from jaxmoe.config import MeshConfig, ModelConfig
 from jaxmoe.kernels.cross_entropy import LossSums, cross_entropy, soft_capped
 from jaxmoe.mesh import gather, tokens
 from jaxmoe.model.attention import Places
 from jaxmoe.model.norm import rms_norm, rms_norm_specs
 from jaxmoe.model.rope import make_turns
-from jaxmoe.model.router import RouterStats, balanced
+from jaxmoe.model.router import RouterStats, RouterSums, balanced
 from jaxmoe.model.stack import (
     Kind,
     Layer,
@@ -85,6 +85,7 @@ def lm_loss(
     cfg: ModelConfig,
     documents_BL: Array | None = None,
     key: Array | None = None,
+    layout: MeshConfig | None = None,
 ) -> tuple[LossSums, LmStats]:
     """Loss sums over the weighted positions, and what the routers did.
 
@@ -95,9 +96,10 @@ def lm_loss(
         documents_BL: int32, rising in a row; attention stays in a document and its positions start
             at zero; 0 is padding. None: each row is one document.
         key: for the router's jitter; None: there is none (evaluation).
+        layout: the pipeline's rounds and microbatches; None: one round.
     """
     places = make_places(tokens_BL, documents_BL, cfg)
-    x_BLD, by_segment = hidden(params, tokens_BL, places, cfg, key)
+    x_BLD, by_segment = hidden(params, tokens_BL, places, cfg, key, layout)
     head_DV = _head(params, cfg)
 
     def loss(x_BLD: Array, targets_BL: Array, weights_BL: Array) -> LossSums:
@@ -125,7 +127,8 @@ def lm_loss(
         per_token = jnp.maximum(further.weight, 1e-6)
         total += cfg.mtp_coef / cfg.n_mtp * further.total / per_token * sums.weight
         nlls.append(further.nll / per_token)
-    router = in_order(by_segment)
+    sums_of_all = in_order(by_segment)
+    router = None if sums_of_all is None else sums_of_all.means(cfg)
     if router is not None:
         balance, z = cfg.router.load_balance_coef, cfg.router.z_coef
         auxiliary = balance * router.load_balance.sum() + z * router.router_z.sum()
@@ -136,11 +139,16 @@ def lm_loss(
 
 
 def hidden(
-    params: Lm, tokens_BL: Array, places: Places, cfg: ModelConfig, key: Array | None = None
+    params: Lm,
+    tokens_BL: Array,
+    places: Places,
+    cfg: ModelConfig,
+    key: Array | None = None,
+    layout: MeshConfig | None = None,
 ) -> tuple[Array, Stats]:
-    """Final normalised hidden states x_BLD in the compute dtype, and router stats by segment."""
+    """Final normalised hidden states x_BLD in the compute dtype, and router sums by segment."""
     x_BLD = _embed(params, tokens_BL, cfg)
-    x_BLD, stats = run_layers(params.layers, x_BLD, places, cfg, key)
+    x_BLD, stats = run_layers(params.layers, x_BLD, places, cfg, key, layout)
     return rms_norm(params.final_norm_D, x_BLD, cfg.norm_eps), stats
 
 
@@ -169,10 +177,12 @@ def move_balance_bias(params: Lm, stats: LmStats, cfg: ModelConfig) -> Lm:
     if not rate:
         return params
 
-    def one(layer: Layer, of_layer: RouterStats | None) -> Layer:
+    def one(layer: Layer, of_layer: RouterSums | None) -> Layer:
         if of_layer is None:
             return layer
-        router = balanced(layer.ffn.router, of_layer.load_E, rate)
+        # [R, E], where the parameters may be [rounds, R / rounds, E].
+        load = of_layer.means(cfg).load_E.reshape(layer.ffn.router.balance_bias_E.shape)
+        router = balanced(layer.ffn.router, load, rate)
         return replace(layer, ffn=replace(layer.ffn, router=router))
 
     n = len(params.layers)
@@ -263,7 +273,7 @@ def _mtp_specs(cfg: ModelConfig) -> Mtp:
 
 def _mtp(
     module: Mtp, params: Lm, x_BLD: Array, ahead_BL: Array, places: Places, cfg: ModelConfig
-) -> tuple[Array, RouterStats | None]:
+) -> tuple[Array, RouterSums | None]:
     """Normalised hidden states one token further: from those before and the tokens ahead."""
     specs, dtype = _mtp_specs(cfg), jnp.dtype(cfg.dtype)
     norm = partial(rms_norm, eps=cfg.norm_eps)

@@ -26,7 +26,7 @@ from jaxmoe.mesh import batch, platform, tokens, vary_alike, varying
 from jaxmoe.model import blocked, sorted_experts
 from jaxmoe.model.ffn import activate, ffn, ffn_specs
 from jaxmoe.model.remat import rematerialised
-from jaxmoe.model.router import Router, RouterStats, route, router_specs
+from jaxmoe.model.router import Router, RouterSums, route, router_specs
 from jaxmoe.spec import Spec
 
 Array = jax.Array
@@ -82,16 +82,16 @@ def moe(
     cfg: ModelConfig,
     valid_BL: Array | None = None,
     key: Array | None = None,
-) -> tuple[Array, RouterStats]:
-    """The block's output and what the router did. Parameters as gathered for compute."""
+) -> tuple[Array, RouterSums]:
+    """The block's output and what the router did, as sums. Parameters as gathered for compute."""
     with jax.named_scope("router"):
-        weights_BLA, ids_BLA, stats = route(params.router, x_BLD, cfg, valid_BL, key)
+        weights_BLA, ids_BLA, sums = route(params.router, x_BLD, cfg, valid_BL, key)
     with jax.named_scope("experts"):
         y_BLD, overflow = experts(cfg, x_BLD, weights_BLA, ids_BLA, params.experts)
     if params.shared is not None:
         with jax.named_scope("shared_experts"):
             y_BLD += rematerialised(partial(ffn, cfg=cfg), cfg)(params.shared, x_BLD)
-    return y_BLD, replace(stats, overflow=overflow)
+    return y_BLD, replace(sums, overflow=overflow)
 
 
 _IN = P("expert", None, "model")

@@ -34,6 +34,39 @@ class RouterStats:
     overflow: Array  # 1.0 where the first size of the experts' buffers did not suffice (moe.py)
 
 
+@struct.dataclass
+class RouterSums:
+    """What adds up over the parts of a batch, of one layer or a stack; `means` gives the stats.
+
+    The gradient of the load-balance loss and the z-loss goes through the sums.
+    """
+
+    load_E: Array  # as RouterStats has it, times rows
+    probs_E: Array  # probabilities, summed over the rows
+    balance: Array  # the load-balance losses of sequences or devices times their rows
+    router_z: Array
+    rows: Array  # valid tokens
+    bias_low: Array  # of each pass, the same in all of them
+    bias_high: Array
+    overflow: Array
+    passes: Array  # parts added up
+
+    def means(self, cfg: ModelConfig) -> RouterStats:
+        """Of the whole batch: the load-balance loss of scope "global" is not the mean of parts."""
+        rows = jnp.maximum(self.rows, 1)
+        balance = self.balance
+        if cfg.router.load_balance_scope == "global":
+            balance = (self.load_E * self.probs_E).sum(-1) / rows
+        return RouterStats(
+            load_E=self.load_E / rows[..., None],
+            load_balance=balance / rows,
+            router_z=self.router_z / rows,
+            bias_low=self.bias_low / self.passes,
+            bias_high=self.bias_high / self.passes,
+            overflow=self.overflow / self.passes,
+        )
+
+
 def router_specs(cfg: ModelConfig) -> Router:
     d, e, r = cfg.d_model, cfg.n_experts, cfg.router
     vector = Spec(shape=(e,), axes=("router",), init="zeros", cast=False)
@@ -50,7 +83,7 @@ def route(
     cfg: ModelConfig,
     valid_BL: Array | None = None,
     key: Array | None = None,
-) -> tuple[Array, Array, RouterStats]:
+) -> tuple[Array, Array, RouterSums]:
     """Scores in float32, the choice of the top k, and their weights.
 
     Args:
@@ -58,8 +91,8 @@ def route(
         key: for the jitter; None: there is none (evaluation).
 
     Returns:
-        weights_BLA float32, ids_BLA int32, and the stats. The load-balance loss is that of Switch
-        Transformer (arXiv:2101.03961, eq. 4), over what `load_balance_scope` says; the z-loss that
+        weights_BLA float32, ids_BLA int32, and the sums that stats come from. The load-balance loss
+        is that of Switch Transformer (arXiv:2101.03961, eq. 4), over what `load_balance_scope` says; the z-loss that
         of ST-MoE (arXiv:2202.08906, eq. 5).
     """
     r = cfg.router
@@ -70,8 +103,8 @@ def route(
     scores_BLE, probs_BLE = _scores(logits_BLE, r)
     ids_BLA = _choose(scores_BLE, params.balance_bias_E, cfg)
     weights_BLA = _weights(scores_BLE, ids_BLA, r)
-    stats = _stats(params, logits_BLE, probs_BLE, ids_BLA, valid_BL, cfg)
-    return weights_BLA, ids_BLA, stats
+    sums = _sums(params, logits_BLE, probs_BLE, ids_BLA, valid_BL, cfg)
+    return weights_BLA, ids_BLA, sums
 
 
 def balanced(params: Router, load: Array, rate: float) -> Router:
@@ -130,14 +163,14 @@ def _weights(scores_BLE: Array, ids_BLA: Array, r: RouterConfig) -> Array:
     return weights_BLA if r.scale == 1 else weights_BLA * r.scale
 
 
-def _stats(
+def _sums(
     params: Router,
     logits_BLE: Array,
     probs_BLE: Array,
     ids_BLA: Array,
     valid_BL: Array | None,
     cfg: ModelConfig,
-) -> RouterStats:
+) -> RouterSums:
     chosen_BLE = jax.nn.one_hot(ids_BLA, cfg.n_experts, dtype=jnp.float32).sum(-2)
     chosen_BLE *= cfg.n_experts / cfg.top_k
     z_BL = jax.nn.logsumexp(logits_BLE, axis=-1) ** 2
@@ -145,38 +178,34 @@ def _stats(
     rows_B = valid_BL.sum(1)
     load_BE = jnp.einsum("BLE,BL->BE", chosen_BLE, valid_BL)
     probs_BE = jnp.einsum("BLE,BL->BE", probs_BLE, valid_BL)
-    rows = jnp.maximum(rows_B.sum(), 1)
     bias_E = params.balance_bias_E
-    return RouterStats(
-        load_E=load_BE.sum(0) / rows,
-        load_balance=_load_balance(load_BE, probs_BE, rows_B, cfg.router.load_balance_scope),
-        router_z=(z_BL * valid_BL).sum() / rows,
+    return RouterSums(
+        load_E=load_BE.sum(0),
+        probs_E=probs_BE.sum(0),
+        balance=_balance(load_BE, probs_BE, rows_B, cfg.router.load_balance_scope),
+        router_z=(z_BL * valid_BL).sum(),
+        rows=rows_B.sum(),
         bias_low=jnp.float32(0) if bias_E is None else bias_E.min(),
         bias_high=jnp.float32(0) if bias_E is None else bias_E.max(),
         overflow=jnp.float32(0),  # known later
+        passes=jnp.float32(1),
     )
 
 
-def _load_balance(load_BE: Array, probs_BE: Array, rows_B: Array, scope: str) -> Array:
-    """sum_e load_e * mean probability of e; per sequence, device, or over all. Groups of rows
-    weigh by their valid tokens."""
-
-    def loss(load_bE: Array, probs_bE: Array, rows_b: Array) -> Array:
-        """Times its tokens."""
-        load_E, probs_E, rows = load_bE.sum(0), probs_bE.sum(0), jnp.maximum(rows_b.sum(), 1)
-        return (load_E * probs_E).sum() / rows
-
-    total = jnp.maximum(rows_B.sum(), 1)
+def _balance(load_BE: Array, probs_BE: Array, rows_B: Array, scope: str) -> Array:
+    """sum_e load_e * mean probability of e, times its valid tokens; of each sequence or device,
+    added up. 0 for "global", which only the sums over all parts of the batch give."""
     if scope == "global":
-        return loss(load_BE, probs_BE, rows_B) / total
+        return jnp.float32(0)
     if scope == "sequence":
-        return ((load_BE * probs_BE).sum(-1) / jnp.maximum(rows_B, 1)).sum() / total
+        return ((load_BE * probs_BE).sum(-1) / jnp.maximum(rows_B, 1)).sum()
 
     over = batch()
 
     def local(load_bE: Array, probs_bE: Array, rows_b: Array) -> Array:
-        return jax.lax.psum(loss(load_bE, probs_bE, rows_b), over)
+        load_E, probs_E, rows = load_bE.sum(0), probs_bE.sum(0), jnp.maximum(rows_b.sum(), 1)
+        return jax.lax.psum((load_E * probs_E).sum() / rows, over)
 
     by_row = P(over, None)
     shared = jax.shard_map(local, in_specs=(by_row, by_row, P(over)), out_specs=P())
-    return shared(load_BE, probs_BE, rows_B) / total
+    return shared(load_BE, probs_BE, rows_B)

@@ -13,15 +13,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec as P
 
-from jaxmoe.config import ModelConfig
+from jaxmoe import mesh
+from jaxmoe.config import MeshConfig, ModelConfig
 from jaxmoe.mesh import gather
+from jaxmoe.model import pipeline
 from jaxmoe.model.attention import Places, attention, attention_specs
 from jaxmoe.model.ffn import ffn, ffn_specs
 from jaxmoe.model.moe import moe, moe_specs
 from jaxmoe.model.norm import rms_norm, rms_norm_specs
 from jaxmoe.model.remat import rematerialised
-from jaxmoe.model.router import RouterStats
+from jaxmoe.model.router import RouterSums
 from jaxmoe.spec import stack
 
 Array = jax.Array
@@ -51,8 +54,8 @@ class Layer:
     ffn: Any  # Moe or Ffn
 
 
-# Router stats of each segment, by layer of its period; None for layers without experts.
-Stats = tuple[tuple[RouterStats | None, ...], ...]
+# Router sums of each segment, by layer of its period; None for layers without experts.
+Stats = tuple[tuple[RouterSums | None, ...], ...]
 
 
 def kinds(cfg: ModelConfig) -> list[Kind]:
@@ -87,6 +90,13 @@ def segments(cfg: ModelConfig) -> tuple[Segment, ...]:
     return tuple(found)
 
 
+def main_segment(cfg: ModelConfig) -> int:
+    """The one with the most layers, which a pipeline spreads over its stages; the others are
+    outside of it."""
+    sizes = [len(s.period) * s.repeats for s in segments(cfg)]
+    return sizes.index(max(sizes))
+
+
 def layer_specs(cfg: ModelConfig, kind: Kind) -> Layer:
     dense = partial(ffn_specs, width=cfg.d_ff_dense or cfg.d_ff)
     return Layer(
@@ -99,9 +109,13 @@ def layer_specs(cfg: ModelConfig, kind: Kind) -> Layer:
 
 def layers_specs(cfg: ModelConfig) -> tuple[tuple[Layer, ...], ...]:
     """By segment and layer of its period, stacked over the repeats on a leading dim R."""
+    longest = main_segment(cfg)
     return tuple(
-        tuple(stack(layer_specs(cfg, kind), segment.repeats) for kind in segment.period)
-        for segment in segments(cfg)
+        tuple(
+            stack(layer_specs(cfg, kind), segment.repeats, "layers" if i == longest else "others")
+            for kind in segment.period
+        )
+        for i, segment in enumerate(segments(cfg))
     )
 
 
@@ -111,15 +125,67 @@ def run_layers(
     places: Places,
     cfg: ModelConfig,
     key: Array | None = None,
+    layout: MeshConfig | None = None,
 ) -> tuple[Array, Stats]:
-    """All layers; `key` is for the router's jitter."""
-    stats = []
+    """All layers; `key` is for the router's jitter, `layout` says how the pipeline goes."""
+    stats, longest = [], main_segment(cfg)
     for number, (segment, stacked) in enumerate(zip(segments(cfg), params, strict=True)):
-        body = partial(_period, period=segment.period, places=places, cfg=cfg)
         keys = _split(key, number, segment.repeats)
-        x_BLD, of_segment = jax.lax.scan(body, x_BLD, (stacked, keys))
+        if number == longest and pipeline.stages() > 1:
+            run = partial(_in_stages, layout=layout or MeshConfig())
+        else:
+            run = _one_after_another
+        x_BLD, of_segment = run(stacked, keys, x_BLD, places, cfg, segment.period)
         stats.append(of_segment)
     return x_BLD, tuple(stats)
+
+
+def _one_after_another(
+    params: Any,
+    keys: Array | None,
+    x_BLD: Array,
+    places: Places,
+    cfg: ModelConfig,
+    period: tuple[Kind, ...],
+) -> tuple[Array, Any]:
+    body = partial(_period, period=period, places=places, cfg=cfg)
+    return jax.lax.scan(body, x_BLD, (jax.tree.map(_unstaged, params), keys))
+
+
+def _unstaged(a: Array) -> Array:
+    """A scan wants its dim on every device: over a `stage` axis of size 1 it is, but its type says
+    otherwise."""
+    return jax.reshard(a, P(None, *tuple(jax.typeof(a).sharding.spec)[1:]))
+
+
+def _in_stages(
+    params: Any,
+    keys: Array | None,
+    x_BLD: Array,
+    places: Places,
+    cfg: ModelConfig,
+    period: tuple[Kind, ...],
+    layout: MeshConfig,
+) -> tuple[Array, Any]:
+    """In a pipeline; under remat "full" each item of it keeps only its input."""
+    rows = len(x_BLD) // mesh.ways(mesh.batch())
+    plan = pipeline.schedule(layout, pipeline.stages(), rows)
+    if keys is not None and plan.rounds > 1:
+        keys = keys.reshape(plan.rounds, -1)
+    own_turns = places.documents_BL is not None  # each row has positions of its own
+
+    def part(
+        stacked: Any, x_BLD: Array, beside: Any, common: Any, number: Array
+    ) -> tuple[Array, Any]:
+        layers, keys = stacked
+        if keys is not None:
+            keys = jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
+        here = beside if own_turns else Places(turns=common)
+        return _one_after_another(layers, keys, x_BLD, here, cfg, period)
+
+    beside, common = (places, None) if own_turns else (None, places.turns)
+    part = jax.checkpoint(part) if cfg.remat == "full" else part
+    return pipeline.run(part, (params, keys), x_BLD, beside, common, plan)
 
 
 def _period(
@@ -129,7 +195,7 @@ def _period(
     period: tuple[Kind, ...],
     places: Places,
     cfg: ModelConfig,
-) -> tuple[Array, tuple[RouterStats | None, ...]]:
+) -> tuple[Array, tuple[RouterSums | None, ...]]:
     layers, key = inputs
     stats = []
     for number, (kind, params) in enumerate(zip(period, layers, strict=True)):
@@ -146,7 +212,7 @@ def run_layer(
     cfg: ModelConfig,
     kind: Kind,
     key: Array | None = None,
-) -> tuple[Array, RouterStats | None]:
+) -> tuple[Array, RouterSums | None]:
     """One layer, from parameters as they rest."""
     specs, dtype = layer_specs(cfg, kind), jnp.dtype(cfg.dtype)
 
@@ -173,8 +239,8 @@ def _split(key: Array | None, number: int, repeats: int) -> Array | None:
     return None if key is None else jax.random.split(jax.random.fold_in(key, number), repeats)
 
 
-def in_order(stats: Stats) -> RouterStats | None:
-    """Stats of all layers with experts, in the order of the layers, on a leading dim; None for a
+def in_order(stats: Stats) -> RouterSums | None:
+    """Sums of all layers with experts, in the order of the layers, on a leading dim; None for a
     dense model."""
     parts = []
     for of_segment in stats:

@@ -23,8 +23,13 @@ class TrainState:
     opt_state: Any
 
 
+def param_specs(config: Config) -> Any:
+    """The model's, laid out for the rounds of the pipeline."""
+    return spec_lib.in_rounds(lm_specs(config.model), config.mesh.rounds)
+
+
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    return optimizer(config.optim, lm_specs(config.model), config.train.steps)
+    return optimizer(config.optim, param_specs(config), config.train.steps)
 
 
 def abstract_state(config: Config, mesh: Any) -> TrainState:
@@ -32,10 +37,10 @@ def abstract_state(config: Config, mesh: Any) -> TrainState:
 
     The moments' shardings are not written anywhere: they follow from the parameters' types.
     """
-    shardings = mesh_lib.shardings(lm_specs(config.model), mesh)
+    shardings = mesh_lib.shardings(param_specs(config), mesh)
     params = jax.tree.map(
         lambda s, sharding: jax.ShapeDtypeStruct(s.shape, jnp.float32, sharding=sharding),
-        lm_specs(config.model),
+        param_specs(config),
         shardings,
         is_leaf=spec_lib.is_spec,
     )
@@ -50,7 +55,7 @@ def init_state(config: Config, mesh: Mesh, params: Any = None) -> TrainState:
     opt_state = lambda params: make_optimizer(config).init(params)  # noqa: E731
 
     def make(key: jax.Array) -> TrainState:
-        params = spec_lib.init(lm_specs(config.model), key)
+        params = spec_lib.init(param_specs(config), key)
         return TrainState(step=jnp.int32(0), params=params, opt_state=opt_state(params))
 
     if params is None:

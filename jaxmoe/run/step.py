@@ -79,6 +79,7 @@ def _loss(params: Any, batch: Batch, config: Config, key: Any) -> tuple[LossSums
         config.model,
         documents_BL=batch.documents_BL,
         key=key,
+        layout=config.mesh,
     )
 
 
