@@ -92,8 +92,8 @@ def route(
 
     Returns:
         weights_BLA float32, ids_BLA int32, and the sums that stats come from. The load-balance loss
-        is that of Switch Transformer (arXiv:2101.03961, eq. 4), over what `load_balance_scope` says; the z-loss that
-        of ST-MoE (arXiv:2202.08906, eq. 5).
+        is that of Switch Transformer (arXiv:2101.03961, eq. 4), over what `load_balance_scope`
+        says; the z-loss that of ST-MoE (arXiv:2202.08906, eq. 5).
     """
     r = cfg.router
     x_BLD = _jittered(x_BLD.astype(jnp.float32), r.jitter, key)

@@ -5,6 +5,7 @@ before. What is not as it was sealed (seal.py) or cannot be restored is set asid
 one is found whole; as long as none is, nothing is touched.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from jax.experimental import multihost_utils
 from jaxmoe.config import CheckpointConfig
 from jaxmoe.errors import UserError
 from jaxmoe.run import seal
-from jaxmoe.run.state import TrainState
+from jaxmoe.run.state import TrainState, relaid
 
 ITEMS = ("state", "meta")
 
@@ -69,8 +70,11 @@ class Checkpoints:
         self._saving = step
         self._manager.save(step, args=args, force=True)
 
-    def restore(self, abstract: TrainState) -> Restored | None:
-        """The newest whole checkpoint, onto the shardings of `abstract`; None if there are none.
+    def restore(
+        self, abstract: TrainState, as_saved: Callable[[dict[str, Any]], TrainState] | None = None
+    ) -> Restored | None:
+        """The newest whole checkpoint, in the shapes and shardings of `abstract`; None if there are
+        none. `as_saved`: from a checkpoint's meta to its own shapes, where they may be others.
 
         The broken ones that are newer move to `broken-checkpoint-STEP` in the run's folder, so that
         their steps can be saved again.
@@ -83,7 +87,7 @@ class Checkpoints:
             reason = self._broken_seal(step)
             if reason is None:
                 try:
-                    state, meta = self._restore(step, abstract)
+                    state, meta = self._restore(step, abstract, as_saved)
                 except Exception as error:  # whatever the storage layers raise
                     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
                 else:
@@ -108,13 +112,16 @@ class Checkpoints:
             reason = reason or ("broken, as process 0 says" if found else None)
         return reason
 
-    def _restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract),  # pyright: ignore[reportCallIssue]
-            meta=ocp.args.JsonRestore(),  # pyright: ignore[reportCallIssue]
-        )
-        item = self._manager.restore(step, args=args)
-        state, meta = item["state"], item["meta"]
+    def _restore(
+        self, step: int, abstract: TrainState, as_saved: Any
+    ) -> tuple[TrainState, dict[str, Any]]:
+        of_meta = ocp.args.JsonRestore()  # pyright: ignore[reportCallIssue]
+        item = self._manager.restore(step, args=ocp.args.Composite(meta=of_meta))
+        meta = item["meta"]
+        saved = abstract if as_saved is None else as_saved(meta)
+        of_state = ocp.args.StandardRestore(saved)  # pyright: ignore[reportCallIssue]
+        item = self._manager.restore(step, args=ocp.args.Composite(state=of_state))
+        state = item["state"] if saved is abstract else relaid(item["state"], abstract)
         if int(state.step) != step or meta["step"] != step:
             raise ValueError(f"it says step {int(state.step)} and {meta['step']}, not {step}")
         return state, meta

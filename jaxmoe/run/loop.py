@@ -30,7 +30,7 @@ from jaxmoe.run.meter import Meter
 from jaxmoe.run.params import Params, open_params
 from jaxmoe.run.progress import Display
 from jaxmoe.run.record import RunRecord
-from jaxmoe.run.state import TrainState, abstract_state, init_state
+from jaxmoe.run.state import TrainState, abstract_state, init_state, relaid, state_as_saved
 from jaxmoe.run.step import Batch, StepMetrics, add, eval_step, train_step
 
 
@@ -85,7 +85,14 @@ class Trainer:
         self.checkpoints = Checkpoints(
             self.record.folder / record.CHECKPOINTS, self.config.checkpoint
         )
-        restored = self.checkpoints.restore(abstract_state(self.config, self.mesh))
+        abstract = abstract_state(self.config, self.mesh)
+
+        def as_saved(meta: dict[str, Any]) -> TrainState:
+            rounds = meta["config"]["mesh"].get("rounds", 1)
+            same = rounds == self.config.mesh.rounds
+            return abstract if same else state_as_saved(self.config, self.mesh, rounds)
+
+        restored = self.checkpoints.restore(abstract, as_saved)
         if restored is None:
             self.record.rewind(0)
             self._event("start", 0, f"config {config_lib.fingerprint(self.config)}")
@@ -101,7 +108,12 @@ class Trainer:
         if place is None:
             return init_state(self.config, self.mesh)
         stored = self.origin or open_params(Path(place))
-        params = stored.load(abstract_state(self.config, self.mesh).params)
+        params = abstract_state(self.config, self.mesh).params
+        if self.config.mesh.rounds == 1:
+            params = stored.load(params)
+        else:
+            by_layer = state_as_saved(self.config, self.mesh, 1).params
+            params = relaid(stored.load(by_layer), params)
         for line in stored.differences(self.config.model):
             self._event("init", 0, f"trained on with another model.{line}")
         self._event("init", 0, f"parameters from {stored.where}")

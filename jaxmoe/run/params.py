@@ -19,6 +19,7 @@ from jaxmoe import config as config_lib
 from jaxmoe import tree
 from jaxmoe.config import ModelConfig
 from jaxmoe.errors import UserError
+from jaxmoe.model.lm import lm_specs
 from jaxmoe.run import record, seal
 from jaxmoe.run.checkpoint import ITEMS
 from jaxmoe.spec import is_spec
@@ -56,6 +57,7 @@ class Params:
         self.tokenizer: Path | None = None
         self.seq_len: int | None = None
         self._kvstore = kvstore
+        self.rounds = 1  # of the pipeline, for which a run's layers were stacked
         self._open: dict[str, Any] = {}
 
     def array(self, name: str) -> Any:
@@ -67,10 +69,18 @@ class Params:
         if name not in self._open:
             spec = {"driver": "zarr", "kvstore": self._kvstore(name.replace("/", "."))}
             try:
-                self._open[name] = tensorstore.open(spec, read=True, open=True).result()
+                array = tensorstore.open(spec, read=True, open=True).result()
+                self._open[name] = self._by_layer(name, array)
             except ValueError as error:
                 raise UserError(f"{self.where}: parameter {name} is missing") from error
         return self._open[name]
+
+    def _by_layer(self, name: str, array: Any) -> Any:
+        """[rounds, layers of a round, ...] as [layers, ...]; a view."""
+        specs = dict(tree.named_leaves(lm_specs(self.model), is_leaf=is_spec))
+        if self.rounds == 1 or specs[name].axes[0] != "layers":
+            return array
+        return tensorstore.concat([array[k] for k in range(self.rounds)], axis=0)
 
     def read(self, name: str, index: Any = ()) -> np.ndarray:
         return self.array(name)[index].read().result()
@@ -151,7 +161,7 @@ def _of_run(run_dir: Path, checkpoint: Path) -> Params:
         return {"driver": "ocdbt", "base": base, "path": f"params.{leaf}/"}
 
     params = Params(config.model, kvstore, {}, checkpoint)
-    params.seq_len = config.train.seq_len
+    params.seq_len, params.rounds = config.train.seq_len, config.mesh.rounds
     tokenizer = run_dir / record.TOKENIZER
     params.tokenizer = tokenizer if tokenizer.is_file() else None
     return params
