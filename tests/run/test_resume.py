@@ -50,17 +50,18 @@ def test_the_time_of_earlier_starts_counts(killed: Killed):
 
 @pytest.fixture(scope="module")
 def moved(killed: Killed, text_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Begun on one device, finished on eight: expert=4 x model=2."""
+    """Begun on one device, finished on eight: stage=2 x expert=2 x model=2."""
     run_dir = tmp_path_factory.mktemp("moved") / "run"
     shutil.copytree(killed.half, run_dir)
-    finish(train(run_dir, "--set", "mesh.expert=4", "--set", "mesh.model=2"), text_cache)
+    mesh = [f"mesh.{axis}=2" for axis in ("stage", "expert", "model")]
+    finish(train(run_dir, *(word for one in mesh for word in ("--set", one))), text_cache)
     return run_dir
 
 
 def test_on_another_mesh_every_loss_is_the_same_to_rounding(moved: Path, straight: Path):
     """So the order of the data is the same, and so is every part of the state."""
     assert [row["step"] for row in events(moved, "resume")][-1] == 12
-    assert json.loads((moved / "environment.json").read_text())["mesh"]["expert"] == 4
+    assert json.loads((moved / "environment.json").read_text())["mesh"]["stage"] == 2
     mine, theirs = metrics(moved), metrics(straight)
     assert mine[:12] == theirs[:12]
     for name in ("step", "tokens", "train/nll", "train/loss", "train/lr"):
