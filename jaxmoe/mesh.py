@@ -52,8 +52,10 @@ STORE: dict[str, MeshAxes] = {
     "router": (),
 }
 
-# How a layer uses them: FSDP's axes are gathered, tensor and expert axes stay.
-COMPUTE: dict[str, MeshAxes] = {**STORE, "embed": (), "expert_embed": (), "latent_in": ()}
+# How a layer uses them: FSDP's axes are gathered, tensor and expert axes stay. The experts gather
+# their own `data` axis (model/moe.py), lest a scan keeps the gathered weights of all layers for the
+# backward pass.
+COMPUTE: dict[str, MeshAxes] = {**STORE, "embed": (), "latent_in": ()}
 
 Rules = dict[str, MeshAxes]
 

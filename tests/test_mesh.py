@@ -73,10 +73,12 @@ def test_no_dim_of_a_parameter_uses_an_axis_twice_nor_the_batchs_in_compute() ->
         for rules in (STORE, COMPUTE):
             used = [axis for dim in spec.axes for axis in rules[dim]]
             assert len(used) == len(set(used)), spec
-        compute = {axis for dim in spec.axes for axis in COMPUTE[dim]}
-        # Each batch shard must see the whole weight; only experts stay apart, where tokens travel.
-        assert not compute & {"data", "replica", "stage", "context"}, spec
+        compute = {axis for dim in spec.axes if dim != "layers" for axis in COMPUTE[dim]}
+        # Each batch shard must see the whole weight; only experts stay apart, where tokens travel,
+        # and gather what they need by themselves.
+        assert not compute & {"replica", "stage", "context"}, spec
         assert "expert" not in compute or "experts" in spec.axes
+        assert "data" not in compute or "expert_embed" in spec.axes
 
 
 def test_partition() -> None:
@@ -85,8 +87,11 @@ def test_partition() -> None:
     assert mesh_lib.partition(specs.head_DV, COMPUTE) == P(None, "model")
     assert mesh_lib.partition(specs.embed_VD, STORE) == P("model", ("data", "expert"))
     gate = specs.layers[0][0].ffn.experts.wgate_EDF
-    assert mesh_lib.partition(gate, STORE) == P(None, "expert", "data", "model")
-    assert mesh_lib.partition(gate, COMPUTE) == P(None, "expert", None, "model")
+    assert mesh_lib.partition(gate, STORE) == P("stage", "expert", "data", "model")
+    assert mesh_lib.partition(gate, COMPUTE) == P("stage", "expert", "data", "model")
+    query = specs.layers[0][0].attention.wq_DNH
+    assert mesh_lib.partition(query, STORE) == P("stage", ("data", "expert"), "model", None)
+    assert mesh_lib.partition(query, COMPUTE) == P("stage", None, "model", None)
 
 
 @pytest.mark.parametrize(
@@ -123,18 +128,21 @@ def test_gather_casts_and_gathers_what_the_layer_uses() -> None:
     """FSDP's axes go, tensor and expert axes stay; norms and router stay float32."""
     mesh = on(data=2, expert=2, model=2)
     specs = {
-        "gate": Spec(shape=(4, 6, 10), axes=("experts", "expert_embed", "ff")),
+        "gate": Spec(shape=(8, 10), axes=("embed", "ff")),
+        "expert": Spec(shape=(4, 6, 10), axes=("experts", "expert_embed", "ff")),
         "router": Spec(shape=(12, 4), axes=("embed", "router"), cast=False),
     }
     rng = np.random.default_rng(0)
     values = spec_lib.map_specs(lambda s: rng.normal(size=s.shape).astype(np.float32), specs)
     with jax.set_mesh(mesh):
         params = jax.device_put(values, mesh_lib.shardings(specs, mesh))
-        assert params["gate"].addressable_shards[0].data.shape == (2, 3, 5)
+        assert params["gate"].addressable_shards[0].data.shape == (2, 5)
+        assert params["expert"].addressable_shards[0].data.shape == (2, 3, 5)
         assert params["router"].addressable_shards[0].data.shape == (3, 4)
         used = jax.jit(lambda p: mesh_lib.gather(p, specs, jnp.dtype(jnp.bfloat16)))(params)
     assert used["gate"].dtype == jnp.bfloat16 and used["router"].dtype == jnp.float32
-    assert used["gate"].addressable_shards[0].data.shape == (2, 6, 5)
+    assert used["gate"].addressable_shards[0].data.shape == (8, 5)
+    assert used["expert"].addressable_shards[0].data.shape == (2, 3, 5)
     assert used["router"].addressable_shards[0].data.shape == (12, 4)
     np.testing.assert_array_equal(used["router"], values["router"])
     np.testing.assert_array_equal(used["gate"], values["gate"].astype(jnp.bfloat16))

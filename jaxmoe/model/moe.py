@@ -94,11 +94,11 @@ def moe(
     return y_BLD, replace(sums, overflow=overflow)
 
 
-_IN = P("expert", None, "model")
+_IN = P("expert", "data", "model")
 _WEIGHTS = Experts(
     wgate_EDF=_IN,
     wup_EDF=_IN,
-    wdown_EFD=P("expert", "model", None),
+    wdown_EFD=P("expert", "model", "data"),
     bgate_EF=P("expert", "model"),
     bup_EF=P("expert", "model"),
     bdown_ED=P("expert", None),
@@ -178,10 +178,49 @@ def _order(cfg: ModelConfig, ids_blA: Array) -> dispatch.Order:
     return dispatch.make_order(ids_blA.reshape(-1, cfg.top_k), cfg.n_experts)
 
 
+# The dim of D in the matrices, which rests sharded over `data`.
+_FSDP = {"wgate_EDF": 1, "wup_EDF": 1, "wdown_EFD": 2}
+
+
+def _gathered(w: Experts, x_tD: Array) -> Experts:
+    """Matrices with all of D, and marked as different wherever the rows are: else the transpose of
+    an implicit cast would put a collective into the loops. The down bias is on all `model` shards,
+    and only the first one's counts."""
+    whole = {
+        name: jax.lax.all_gather(getattr(w, name), "data", axis=dim, tiled=True)
+        for name, dim in _FSDP.items()
+    }
+    w, over = replace(w, **whole), set(_row_axes(x_tD))
+    bias = None if w.bdown_ED is None else _vary(w.bdown_ED, over | {"model"})
+    w = jax.tree.map(lambda a: _vary(a, over), replace(w, bdown_ED=None))
+    return replace(w, bdown_ED=bias)
+
+
+def _vary(a: Array, over: set[str]) -> Array:
+    return jax.lax.pcast(a, tuple(sorted(over - varying(a))), to="varying")
+
+
+def _summed(dw: Experts, x_tD: Array) -> Experts:
+    """Gradients over all shards of the batch, each left with its part of D: scattered over `data`
+    first, so that the other axes, of slower links, carry parts only."""
+    rows = _row_axes(x_tD)
+    others = tuple(axis for axis in rows if axis != "data")
+    parts = {
+        name: jax.lax.psum_scatter(getattr(dw, name), "data", scatter_dimension=dim, tiled=True)
+        for name, dim in _FSDP.items()
+    }
+    dw = replace(dw, **(jax.lax.psum(parts, others) if others else parts))
+    if dw.bdown_ED is None:
+        return dw
+    gate, up, down = jax.lax.psum((dw.bgate_EF, dw.bup_EF, dw.bdown_ED), rows)
+    return replace(dw, bgate_EF=gate, bup_EF=up, bdown_ED=jax.lax.psum(down, "model"))
+
+
 def _forward(
     cfg: ModelConfig, x_blD: Array, weights: Array, ids: Array, order: dispatch.Order, w: Experts
 ) -> tuple[Array, Array]:
     x_tD, weights_tA, ids_tA = (_flat(a) for a in (x_blD, weights, ids))
+    w = _gathered(w, x_tD)
 
     def run(kind: str, size: int, first: Array | None = None) -> Array:
         if path_of(cfg) == "batched":
@@ -204,6 +243,7 @@ def _backward(
     dy_blD: Array,
 ) -> tuple[Array, Array, Experts]:
     x_tD, weights_tA, ids_tA, dy_tD = (_flat(a) for a in (x_blD, weights, ids, dy_blD))
+    w = _gathered(w, x_tD)
 
     def run(kind: str, size: int, first: Array | None = None) -> Any:
         if path_of(cfg) == "batched":
@@ -217,7 +257,7 @@ def _backward(
 
     like = x_tD, weights_tA, w
     (dx_tD, dweights_tA, dw), _ = _switch(cfg, order, run, like)
-    return dx_tD.reshape(x_blD.shape), dweights_tA.reshape(weights.shape), dw
+    return dx_tD.reshape(x_blD.shape), dweights_tA.reshape(weights.shape), _summed(dw, x_tD)
 
 
 def _switch(cfg: ModelConfig, order: dispatch.Order, run: Any, like: Any) -> tuple[Any, Array]:
@@ -266,7 +306,7 @@ def _through(
     cfg: ModelConfig, sent: exchange.Exchange, x_tD: Array, weights_tA: Array, w: Experts
 ) -> Array:
     """One shard's output: its rows to their experts, through them and back."""
-    w, x_SD, weights_S = _varying(w, sent.rows(x_tD), sent.weights(weights_tA))
+    x_SD, weights_S = _varying(sent.rows(x_tD), sent.weights(weights_tA))
     y_SD = _ENGINES[path_of(cfg)].compute(cfg, sent, w, x_SD, weights_S)
     return jax.lax.psum(sent.sum_back(y_SD), "model")
 
@@ -279,30 +319,19 @@ def _through_backward(
     w: Experts,
     dy_tD: Array,
 ) -> tuple[Array, Array, Experts]:
-    """Gradients of x, the combine weights and the experts' parameters."""
-    w, x_SD, weights_S, dy_SD = _varying(
-        w, sent.rows(x_tD), sent.weights(weights_tA), sent.rows(dy_tD)
-    )
+    """Gradients of x, the combine weights and, from this shard's rows, the experts' parameters."""
+    x_SD, weights_S, dy_SD = _varying(sent.rows(x_tD), sent.weights(weights_tA), sent.rows(dy_tD))
     gradients = _ENGINES[path_of(cfg)].gradients
     dw, dx_SD, dweights_S = gradients(cfg, sent, w, x_SD, weights_S, dy_SD)
     dx_tD, dweights_tA = sent.sum_back(dx_SD), sent.weights_back(dweights_S)
-    # Each `model` shard has its part of F, each shard of the batch its rows.
+    # Each `model` shard has its part of F.
     dx_tD, dweights_tA = jax.lax.psum((dx_tD, dweights_tA), "model")
-    dw = jax.lax.psum(dw, _row_axes(x_tD))
-    # The down bias is on all `model` shards, and only the first one's counts.
-    if dw.bdown_ED is not None:
-        dw = replace(dw, bdown_ED=jax.lax.psum(dw.bdown_ED, "model"))
     return dx_tD, dweights_tA, dw
 
 
-def _varying(w: Experts, *rows: Array) -> tuple[Any, ...]:
-    """Marked as different on all devices of the batch and `model` axes: else the transpose of an
-    implicit cast would put a collective into the loops."""
-    bias, over = w.bdown_ED, _row_axes(rows[0])
-    w = jax.lax.pcast(replace(w, bdown_ED=None), over, to="varying")
-    if bias is not None:
-        w = replace(w, bdown_ED=jax.lax.pcast(bias, (*over, "model"), to="varying"))
-    return w, *jax.lax.pcast(rows, "model", to="varying")
+def _varying(*rows: Array) -> tuple[Array, ...]:
+    """Marked as different on all `model` shards, each of which has its part of F."""
+    return jax.lax.pcast(rows, "model", to="varying")
 
 
 def _flat(a: Array) -> Array:

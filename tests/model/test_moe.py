@@ -61,7 +61,8 @@ def test_router_gradient_equals_that_of_the_dense_layer() -> None:
         return (y * ct).mean() + 0.7 * balance + 0.3 * z, outputs
 
     def ours(p: Any, x: Any) -> Any:
-        y, stats = moe_lib.moe(p, x, CFG)
+        y, sums = moe_lib.moe(p, x, CFG)
+        stats = sums.means(CFG)
         return objective((y, stats.load_balance, stats.router_z))
 
     def plain(p: Any, x: Any) -> Any:
@@ -84,9 +85,9 @@ def test_router_gradient_equals_that_of_the_dense_layer() -> None:
 # Dispatch
 
 WEIGHTS = moe_lib.Experts(
-    wgate_EDF=P("expert", None, "model"),
-    wup_EDF=P("expert", None, "model"),
-    wdown_EFD=P("expert", "model"),
+    wgate_EDF=P("expert", "data", "model"),
+    wup_EDF=P("expert", "data", "model"),
+    wdown_EFD=P("expert", "model", "data"),
     bgate_EF=P("expert", "model"),
     bup_EF=P("expert", "model"),
     bdown_ED=P("expert"),

@@ -17,7 +17,7 @@ from jaxmoe.config import Config, ModelConfig, OptimConfig, RouterConfig, TrainC
 from jaxmoe.kernels import exchange
 from jaxmoe.model import stack
 from jaxmoe.model.lm import make_places
-from jaxmoe.model.router import Router, RouterStats, route
+from jaxmoe.model.router import Router, RouterSums, route
 from jaxmoe.run.state import abstract_state, init_state
 from jaxmoe.run.step import Batch, train_step
 
@@ -76,7 +76,8 @@ def test_statistics_are_over_their_scope(scope: Any, padded: bool) -> None:
     @jax.jit
     def run(x: Any, w: Any, valid: Any) -> Any:
         def f(x: Any) -> Any:
-            weights, ids, stats = route(router_of(w), x, cfg, valid)
+            weights, ids, sums = route(router_of(w), x, cfg, valid)
+            stats = sums.means(cfg)
             return stats.load_balance + stats.router_z, (weights, ids, stats)
 
         return jax.grad(f, has_aux=True)(x)
@@ -104,10 +105,10 @@ def test_a_batch_of_nothing_but_padding_has_finite_statistics() -> None:
         with jax.set_mesh(on()):
             x, valid = put(on(), (rows(1, 2, 4, D), np.zeros((2, 4), bool)))
             cfg = cfg_of(load_balance_scope=scope)
-            _, _, stats = jax.jit(route, static_argnums=2)(
+            _, _, sums = jax.jit(route, static_argnums=2)(
                 router_of(put(on(), rows(2, D, E), P())), x, cfg, valid
             )
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(stats))
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(sums.means(cfg)))
 
 
 # Jitter
@@ -144,8 +145,7 @@ def test_every_layer_has_noise_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
     def spy(_: Any, x_BLD: Any, __: Any, ___: Any, key: Any) -> Any:
         bits = jax.random.bits(key, (2,), jnp.uint16).astype(jnp.float32)
         zero = jnp.float32(0)
-        stats = RouterStats(bits, zero, zero, zero, zero, zero)
-        return jnp.zeros_like(x_BLD), stats
+        return jnp.zeros_like(x_BLD), RouterSums(bits, *[zero] * 8)
 
     monkeypatch.setattr(stack, "moe", spy)
     cfg = ModelConfig(
