@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import MeshConfig
-from jaxmoe.mesh import BATCH, tokens
+from jaxmoe.mesh import batch
 
 Array = jax.Array
 AXIS = "stage"
@@ -101,7 +101,7 @@ def run(
         check_vma=False,
     )
     y, sums = mapped(params, x, beside, common)
-    return _joined(y, plan), jax.tree.map(lambda a: _in_order(a, plan), sums)
+    return _joined(y), jax.tree.map(lambda a: _in_order(a, plan), sums)
 
 
 # On one stage
@@ -184,35 +184,34 @@ class _work:
 # Between a batch over all stages and microbatches
 
 
+def _spec(a: Array) -> tuple[Any, ...]:
+    """Mesh axes of the dims, as they are inside of the pipeline: [b, ...] without `stage`."""
+    rest = tuple(jax.typeof(a).sharding.spec)[1:]
+    return (tuple(axis for axis in batch() if axis != AXIS), *rest)
+
+
 def _split(a: Array, plan: Schedule) -> Array:
     """[B, L, ...] -> [S, G, b, L, ...]: each device cuts its own rows, nothing moves."""
-    rest = (None,) * (a.ndim - 2)
-    inner = tuple(axis for axis in BATCH if axis != AXIS)
 
     def local(a: Array) -> Array:
         return a.reshape(1, plan.groups, -1, *a.shape[1:])
 
-    out = P(AXIS, None, inner, *tuple(tokens(*rest))[1:])
-    return jax.shard_map(local, in_specs=tokens(*rest), out_specs=out)(a)
+    return jax.shard_map(local, out_specs=P(AXIS, None, *_spec(a)))(a)
 
 
-def _joined(a: Array, plan: Schedule) -> Array:
+def _joined(a: Array) -> Array:
     """The inverse of `_split`."""
-    rest = (None,) * (a.ndim - 4)
-    inner = tuple(axis for axis in BATCH if axis != AXIS)
+    rest = tuple(jax.typeof(a).sharding.spec)[3:]
 
     def local(a: Array) -> Array:
         return a.reshape(-1, *a.shape[3:])
 
-    into = P(AXIS, None, inner, *tuple(tokens(*rest))[1:])
-    return jax.shard_map(local, in_specs=into, out_specs=tokens(*rest))(a)
+    return jax.shard_map(local, out_specs=P(batch(), *rest))(a)
 
 
 def _everywhere(a: Array) -> Array:
     """A split array, the same on all stages."""
-    inner = tuple(axis for axis in BATCH if axis != AXIS)
-    rest = tuple(tokens(*(None,) * (a.ndim - 4)))[1:]
-    return jax.reshard(a, P(None, None, inner, *rest))
+    return jax.reshard(a, P(None, *tuple(jax.typeof(a).sharding.spec)[1:]))
 
 
 def _pick(a: Array, stage: Array, group: Array) -> Array:

@@ -201,6 +201,6 @@ def test_rows_stay_on_their_devices() -> None:
     plan = Schedule(stages=2, rounds=1, groups=2)
     with jax.set_mesh(mesh):
         x = put(mesh, np.zeros((B, L, D), np.float32), P(BATCH))
-        f = jax.jit(lambda x: pipeline._joined(pipeline._split(x, plan) * 2, plan))
+        f = jax.jit(lambda x: pipeline._joined(pipeline._split(x, plan) * 2))
         text = f.lower(x).compile().as_text()
     assert not any(word in text for word in ("all-", "collective-permute"))
