@@ -22,12 +22,12 @@ from jax.sharding import PartitionSpec as P
 from jaxmoe.config import ModelConfig
 from jaxmoe.kernels import dispatch, exchange
 from jaxmoe.kernels.low_precision import einsum
-from jaxmoe.mesh import batch, platform, tokens, vary_alike, varying
+from jaxmoe.mesh import COMPUTE, batch, partition, platform, tokens, vary_alike, varying
 from jaxmoe.model import blocked, sorted_experts
 from jaxmoe.model.ffn import activate, ffn, ffn_specs
 from jaxmoe.model.remat import rematerialised
 from jaxmoe.model.router import Router, RouterSums, route, router_specs
-from jaxmoe.spec import Spec
+from jaxmoe.spec import Spec, map_specs
 
 Array = jax.Array
 
@@ -94,15 +94,8 @@ def moe(
     return y_BLD, replace(sums, overflow=overflow)
 
 
-_IN = P("expert", "data", "model")
-_WEIGHTS = Experts(
-    wgate_EDF=_IN,
-    wup_EDF=_IN,
-    wdown_EFD=P("expert", "model", "data"),
-    bgate_EF=P("expert", "model"),
-    bup_EF=P("expert", "model"),
-    bdown_ED=P("expert", None),
-)
+def _weights_spec(cfg: ModelConfig) -> Experts:
+    return map_specs(lambda spec: partition(spec, COMPUTE), moe_specs(cfg).experts)
 
 
 def _row_axes(x_tD: Array) -> tuple[str, ...]:
@@ -130,7 +123,7 @@ def _experts_fwd(
     order = jax.shard_map(partial(_order, cfg), in_specs=rows, out_specs=ordered)(ids_BLA)
     mapped: Any = jax.shard_map(
         partial(_forward, cfg),
-        in_specs=(rows, rows, rows, ordered, _WEIGHTS),
+        in_specs=(rows, rows, rows, ordered, _weights_spec(cfg)),
         out_specs=(rows, P()),
     )
     out = mapped(x_BLD, weights_BLA, ids_BLA, order, w)
@@ -141,8 +134,8 @@ def _experts_bwd(cfg: ModelConfig, residuals: Any, cts: Any) -> tuple[Any, ...]:
     rows = tokens(None)
     mapped: Any = jax.shard_map(
         partial(_backward, cfg),
-        in_specs=(rows, rows, rows, _order_spec(), _WEIGHTS, rows),
-        out_specs=(rows, rows, _WEIGHTS),
+        in_specs=(rows, rows, rows, _order_spec(), _weights_spec(cfg), rows),
+        out_specs=(rows, rows, _weights_spec(cfg)),
     )
     dx_BLD, dweights_BLA, dw = mapped(*residuals, cts[0])
     return dx_BLD, dweights_BLA, None, dw
@@ -178,8 +171,9 @@ def _order(cfg: ModelConfig, ids_blA: Array) -> dispatch.Order:
     return dispatch.make_order(ids_blA.reshape(-1, cfg.top_k), cfg.n_experts)
 
 
-# The dim of D in the matrices, which rests sharded over `data`.
+# The dim of D in the matrices, which rests sharded over these axes.
 _FSDP = {"wgate_EDF": 1, "wup_EDF": 1, "wdown_EFD": 2}
+_FSDP_AXES = COMPUTE["expert_embed"]
 
 
 def _gathered(w: Experts, x_tD: Array) -> Experts:
@@ -187,7 +181,7 @@ def _gathered(w: Experts, x_tD: Array) -> Experts:
     an implicit cast would put a collective into the loops. The down bias is on all `model` shards,
     and only the first one's counts."""
     whole = {
-        name: jax.lax.all_gather(getattr(w, name), "data", axis=dim, tiled=True)
+        name: jax.lax.all_gather(getattr(w, name), _FSDP_AXES, axis=dim, tiled=True)
         for name, dim in _FSDP.items()
     }
     w, over = replace(w, **whole), set(_row_axes(x_tD))
@@ -201,12 +195,12 @@ def _vary(a: Array, over: set[str]) -> Array:
 
 
 def _summed(dw: Experts, x_tD: Array) -> Experts:
-    """Gradients over all shards of the batch, each left with its part of D: scattered over `data`
-    first, so that the other axes, of slower links, carry parts only."""
+    """Gradients over all shards of the batch, each left with its part of D: scattered over those
+    axes first, so that the other axes, of slower links, carry parts only."""
     rows = _row_axes(x_tD)
-    others = tuple(axis for axis in rows if axis != "data")
+    others = tuple(axis for axis in rows if axis not in _FSDP_AXES)
     parts = {
-        name: jax.lax.psum_scatter(getattr(dw, name), "data", scatter_dimension=dim, tiled=True)
+        name: jax.lax.psum_scatter(getattr(dw, name), _FSDP_AXES, scatter_dimension=dim, tiled=True)
         for name, dim in _FSDP.items()
     }
     dw = replace(dw, **(jax.lax.psum(parts, others) if others else parts))
