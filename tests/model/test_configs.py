@@ -15,6 +15,7 @@ from jaxmoe import mesh as mesh_lib
 from jaxmoe.config import Config, MeshConfig, replace
 from jaxmoe.config_check import check
 from jaxmoe.model.lm import lm_specs
+from jaxmoe.model.stack import main_segment, segments
 from jaxmoe.run.state import abstract_state, make_optimizer
 from jaxmoe.run.step import Batch, train_step
 
@@ -54,10 +55,10 @@ def large_mesh(config: Config, n_devices: int = 512) -> MeshConfig:
     embed = math.gcd(m.d_model, *latents)  # the dims over `data` and `expert`
     model = ways(m.n_heads, kv_heads, m.d_ff, m.d_ff_dense, m.vocab_size, most=8)
     expert = ways(m.n_experts, embed, most=n_devices // model)
-    data = ways(embed // expert, most=n_devices // model // expert)
-    return MeshConfig(
-        replica=n_devices // model // expert // data, data=data, expert=expert, model=model
-    )
+    stage = ways(segments(m)[main_segment(m)].repeats, most=n_devices // model // expert)
+    rest = n_devices // model // expert // stage
+    data = ways(embed // expert, most=rest)
+    return MeshConfig(replica=rest // data, stage=stage, data=data, expert=expert, model=model)
 
 
 def step_types(config: Config, n_devices: int) -> None:
@@ -112,7 +113,7 @@ def test_config_is_sound_and_type_checks(found: str) -> None:
     few = replace(config.train, batch_size=min(config.train.batch_size, 8))
     step_types(replace(config, mesh=MeshConfig(), train=few), 1)
     mesh = large_mesh(config)
-    assert max(mesh.expert, mesh.data) > 1
+    assert max(mesh.expert, mesh.data, mesh.stage) > 1
     ways = int(np.prod([getattr(mesh, axis) for axis in mesh_lib.BATCH]))
     train = replace(config.train, batch_size=2 * ways)
     large = replace(config, mesh=mesh, train=train)
