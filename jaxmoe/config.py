@@ -76,7 +76,9 @@ class RouterConfig(_Strict):
     bias: bool = False  # a trained bias on the logits
     jitter: Fraction = 0.0  # its input times uniform(1 - jitter, 1 + jitter), in training only
     load_balance_coef: NonNegative = 0.01  # Switch Transformer, section 2.2, eq. 4
-    # What the auxiliary loss averages loads over; microbatch: the rows of one device.
+    # What the auxiliary loss averages loads over; microbatch: the rows of one device. With
+    # train.accumulate = n only "sequence" is the big batch's loss: "global" then means the rows of
+    # one of the n parts, "microbatch" those of one device in one part; parts weigh by their tokens.
     load_balance_scope: Literal["sequence", "microbatch", "global"] = "global"
     # Step of the bias that evens loads out without a loss (arXiv:2408.15664); None: there is none,
     # 0: it is used as it is.
@@ -140,7 +142,8 @@ class ModelConfig(_Strict):
     dtype: Literal["float32", "bfloat16"] = "float32"  # of compute; parameters rest in float32
     # Operands of the layers' matmuls with weights (kernels/low_precision.py).
     matmul: Literal["plain", "float8"] = "plain"
-    remat: Literal["none", "full"] = "full"
+    # What is kept for the backward pass, from most to least on the device (model/remat.py).
+    remat: Literal["none", "matmuls", "attention", "full", "offload"] = "full"
 
     @property
     def is_dense(self) -> bool:
@@ -169,7 +172,16 @@ class DataConfig(_Strict):
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig(_Strict):
-    name: Literal["adamw", "muon"] = "adamw"
+    # muon: for matrices, with Adam for the rest. adafactor (arXiv:1804.04235): factored second
+    # moments and no first one; beta1, beta2 and eps are its own.
+    name: Literal["adamw", "muon", "adafactor"] = "adamw"
+    # How Adam's and Muon's moments are kept (jaxmoe/moments.py): 8, 4 or about 2 bytes a parameter
+    # with adamw. int8: blockwise after arXiv:2110.02861, of matrices; the rest stays float32.
+    moments: Literal["float32", "bfloat16", "int8"] = "float32"
+    # Each replica keeps and updates its part of the optimiser's state: gradients are
+    # reduce-scattered over `replica`, updates gathered (ZeRO stage 1, arXiv:1910.02054, section 5;
+    # with train.accumulate stage 2: the sums of gradients are spread too).
+    shard_over_replica: bool = False
     lr: Annotated[float, Field(gt=0)] = 3e-3  # peak
     beta1: Fraction = 0.9
     beta2: Fraction = 0.95
@@ -186,6 +198,9 @@ class OptimConfig(_Strict):
 class TrainConfig(_Strict):
     steps: Positive = 1000
     batch_size: Positive = 8  # sequences, over all devices
+    # Parts that a step's batch is computed in, one after another: activations of one part live at
+    # one time. Divides batch_size; gradients are summed, in float32, and divided once.
+    accumulate: Positive = 1
     seq_len: Positive = 256  # tokens
     log_every: Positive = 10  # steps
 

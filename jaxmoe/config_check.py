@@ -12,6 +12,8 @@ def check(config: Config) -> None:
     attention_paths.check(m, config.data.document_mask)
     _check_experts(m)
     _divides("model.loss_chunk", m.loss_chunk, "train.seq_len", config.train.seq_len)
+    t = config.train
+    _divides("train.accumulate", t.accumulate, "train.batch_size", t.batch_size)
     if not m.is_dense:
         _divides("mesh.expert", mesh.expert, "model.n_experts", m.n_experts)
     for dim in ("n_heads", "n_kv_heads", "d_ff", "d_ff_dense", "vocab_size"):
@@ -28,6 +30,11 @@ def check(config: Config) -> None:
         f"mesh.rounds={mesh.rounds} needs a pipeline: set mesh.stage to more than 1",
     )
     _require(mesh.data != 0, "mesh.data=0: give a size, or -1 for all devices that are left")
+    _require(
+        config.optim.name != "adafactor" or config.optim.moments == "float32",
+        f"optim.moments={config.optim.moments}: optim.name=adafactor has factored moments alone,"
+        " which are small; set it to float32",
+    )
     _divides("eval.every", config.eval.every, "forecast.every", config.forecast.every)
     _divides("eval.every", config.eval.every, "forecast.first", config.forecast.first)
     if config.data.tokenizer == "bytes":

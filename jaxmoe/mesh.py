@@ -126,12 +126,14 @@ def shardings(specs: Any, mesh: Mesh | AbstractMesh, rules: Rules = STORE) -> An
     return tree.map_named(one, specs, is_leaf=is_spec)
 
 
-def check_batch(mesh: Mesh | AbstractMesh, name: str, batch_size: int) -> None:
-    """Raises UserError unless the batch divides over the axes that share it."""
+def check_batch(mesh: Mesh | AbstractMesh, name: str, batch_size: int, parts: int = 1) -> None:
+    """Raises UserError unless the batch, or each of its parts (train.accumulate), divides over the
+    axes that share it."""
     ways = math.prod(mesh.shape[axis] for axis in BATCH)
-    if batch_size % ways:
+    if batch_size % (parts * ways):
         over = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in BATCH)
-        raise UserError(f"{name}={batch_size} does not divide over the mesh axes {over}")
+        of = f" in train.accumulate={parts} parts" if parts > 1 else ""
+        raise UserError(f"{name}={batch_size}{of} does not divide over the mesh axes {over}")
 
 
 def gather(params: Any, specs: Any, dtype: jnp.dtype) -> Any:
@@ -170,6 +172,17 @@ def ways(axes: MeshAxes) -> int:
     """Into how many parts these axes cut a dim, on the mesh that the trace is for."""
     shape = dict(jax.sharding.get_abstract_mesh().shape)
     return math.prod(shape.get(axis, 1) for axis in axes)
+
+
+def in_parts(rows: Any, parts: int) -> Any:
+    """Each array [B, ...] as [parts, B / parts, ...], the batch sharded as before: every device
+    cuts its own rows, so that nothing moves."""
+    over = batch()
+
+    def local(rows_b: Any) -> Any:
+        return jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[1:]), rows_b)
+
+    return jax.shard_map(local, in_specs=P(over), out_specs=P(None, over))(rows)
 
 
 def tokens(*rest: str | None) -> P:

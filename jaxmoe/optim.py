@@ -1,4 +1,5 @@
-"""Optimisers and learning-rate schedules, from optax; sharded as the parameters are."""
+"""Optimisers and learning-rate schedules, from optax; sharded as the parameters are, or over the
+replicas as well."""
 
 import math
 from collections.abc import Callable
@@ -8,9 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec as P
 
 from jaxmoe import mesh
+from jaxmoe.adafactor import scale_by_adafactor
 from jaxmoe.config import OptimConfig
+from jaxmoe.moments import kept
 from jaxmoe.spec import BATCH_AXES, Spec, is_spec, map_specs
 
 Array = jax.Array
@@ -54,14 +58,66 @@ def relative_path(cfg: OptimConfig, steps: int) -> np.ndarray:
 def optimizer(cfg: OptimConfig, specs: Any, steps: int) -> optax.GradientTransformation:
     """Clipping by the global norm, the update rule, decoupled decay of the matrices, the rate."""
     matrices = map_specs(lambda s: s.is_matrix, specs)
-    adam = optax.scale_by_adam(b1=cfg.beta1, b2=cfg.beta2, eps=cfg.eps)
-    rule = adam if cfg.name == "adamw" else _muon(cfg, specs, adam)
-    return optax.chain(
+    whole = optax.chain(
         optax.clip_by_global_norm(cfg.clip),
-        rule,
+        _rule(cfg, specs),
         optax.add_decayed_weights(cfg.weight_decay, mask=matrices),
         optax.scale_by_learning_rate(schedule(cfg, steps)),
     )
+    return _over_replicas(whole, cfg) if cfg.shard_over_replica else whole
+
+
+def own_parts(arrays: Any, cfg: OptimConfig) -> Any:
+    """Parameters or gradients as the optimiser has them: with shard_over_replica also sharded over
+    `replica`, along the first dim that divides. Arrays without such a dim stay as they are."""
+
+    def one(x: Array) -> Array:
+        sharding = jax.typeof(x).sharding
+        replicas = 1 if sharding.mesh.empty else sharding.mesh.shape["replica"]
+        if replicas == 1:
+            return x
+        entries = [_axes(entry) for entry in sharding.spec]
+        entries += [()] * (x.ndim - len(entries))
+        for dim, axes in enumerate(entries):
+            ways = replicas * math.prod(sharding.mesh.shape[axis] for axis in axes)
+            if x.shape[dim] % ways == 0:
+                # Last, so that each device cuts what it holds.
+                entries[dim] = (*axes, "replica")
+                return jax.reshard(
+                    x, sharding.update(spec=P(*(entry or None for entry in entries)))
+                )
+        return x
+
+    return jax.tree.map(one, arrays) if cfg.shard_over_replica else arrays
+
+
+def _axes(entry: Any) -> mesh.MeshAxes:
+    """Of one dim of a PartitionSpec."""
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+
+
+def _over_replicas(tx: Any, cfg: OptimConfig) -> optax.GradientTransformation:
+    """`tx` on each replica's part; the updates are gathered."""
+
+    def init(params: Any) -> Any:
+        return tx.init(own_parts(params, cfg))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = tx.update(own_parts(updates, cfg), state, own_parts(params, cfg))
+        gathered = jax.tree.map(
+            lambda update, param: jax.reshard(update, jax.typeof(param).sharding), updates, params
+        )
+        return gathered, state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _rule(cfg: OptimConfig, specs: Any) -> optax.GradientTransformation:
+    if cfg.name == "adafactor":
+        return scale_by_adafactor(specs)
+    adam = optax.scale_by_adam(b1=cfg.beta1, b2=cfg.beta2, eps=cfg.eps)
+    adam = kept(adam, cfg.moments, specs)
+    return adam if cfg.name == "adamw" else _muon(cfg, specs, adam)
 
 
 def _muon(cfg: OptimConfig, specs: Any, adam: Any) -> optax.GradientTransformation:
@@ -75,7 +131,8 @@ def _muon(cfg: OptimConfig, specs: Any, adam: Any) -> optax.GradientTransformati
 
         return jax.tree.map(one, specs, updates, is_leaf=is_spec)
 
-    muon = optax.chain(optax.trace(cfg.beta2, nesterov=True), optax.stateless(update))
+    momentum = kept(optax.trace(cfg.beta2, nesterov=True), cfg.moments, specs)
+    muon = optax.chain(momentum, optax.stateless(update))
     return optax.partition({"muon": muon, "adam": adam}, labels)
 
 
@@ -83,19 +140,19 @@ def orthogonalize(update: Array, spec: Spec) -> Array:
     """The nearest (semi-)orthogonal matrix, scaled to the RMS of an Adam update.
 
     Each matrix of a stack (layers, experts) is one problem. Its dims are gathered, since the
-    products mix all of them; stacks stay sharded over their own axes.
+    products mix all of them; stacks stay sharded as they are.
     """
     stacked = [a for a in spec.axes if a in BATCH_AXES]
     ins = [a for a in spec.axes if a in spec.inputs]
     batch = spec.shape[: len(stacked)]
     fan_out = spec.size // (math.prod(batch) * spec.fan_in)
-    rules = {**mesh.COMPUTE, **{a: () for a in spec.axes if a not in BATCH_AXES}}
-    whole = jax.reshard(update, mesh.partition(spec, rules))
+    sharding = jax.typeof(update).sharding
+    whole = jax.reshard(update, sharding.update(spec=P(*sharding.spec[: len(stacked)])))
     assert list(spec.axes) == stacked + ins + list(spec.axes[len(stacked) + len(ins) :]), spec.axes
     matrix = whole.reshape(*batch, spec.fan_in, fan_out)
     scale = 0.2 * math.sqrt(max(spec.fan_in, fan_out))
     result = scale * _newton_schulz(matrix)
-    return jax.reshard(result.reshape(spec.shape), jax.typeof(update).sharding)
+    return jax.reshard(result.reshape(spec.shape), sharding)
 
 
 def _newton_schulz(x: Array, rounds: int = 5) -> Array:

@@ -69,7 +69,8 @@ def run(config: Config, run_dir: Path, resume: str) -> int:
     xla.keep_compiled(cache_root(config.data))
     mesh = mesh_lib.build(config.mesh)
     mesh_lib.shardings(param_specs(config), mesh)
-    mesh_lib.check_batch(mesh, "train.batch_size", config.train.batch_size)
+    train = config.train
+    mesh_lib.check_batch(mesh, "train.batch_size", train.batch_size, train.accumulate)
     mesh_lib.check_batch(mesh, "eval.batch_size", config.eval.batch_size)
     origin = None
     if config.checkpoint.init_from is not None and not record.has_checkpoint(run_dir):

@@ -101,7 +101,7 @@ def test_clip_is_of_the_global_norm(clip: float) -> None:
         assert_close(moment[name], 0.1 * g * min(1, clip / norm), name=name)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
 def test_decay_is_of_matrices_only(name: Any) -> None:
     """With no gradient a matrix shrinks by lr * decay; embedding, head and norms stay."""
     cfg = ModelConfig(

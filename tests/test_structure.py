@@ -23,7 +23,7 @@ FLOORS = {
     ),
     1: ("mesh",),
     2: ("kernels", "model"),
-    3: ("optim", "data"),
+    3: ("optim", "adafactor", "moments", "data"),
     4: ("run",),
     5: ("plan", "ladder", "evaluate", "convert", "generate", "report"),
     6: ("train", "supervise", "replay"),

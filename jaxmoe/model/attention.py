@@ -16,6 +16,7 @@ from jaxmoe.kernels.attention import causal_attention, checks_vma, pick
 from jaxmoe.kernels.low_precision import einsum
 from jaxmoe.mesh import tokens
 from jaxmoe.model.norm import rms_norm, rms_norm_specs
+from jaxmoe.model.remat import QKV, named
 from jaxmoe.model.rope import Turns, rope, score_scale
 from jaxmoe.spec import Spec
 
@@ -71,7 +72,7 @@ def attention(
     """Causal self-attention. Parameters as gathered for compute; heads stay over `model`."""
     with jax.named_scope("qkv"):
         project = _grouped_qkv if cfg.mla is None else _mla_qkv
-        q_BLNH, k, v = project(params, x_BLD, places, cfg)
+        q_BLNH, k, v = named(project(params, x_BLD, places, cfg), QKV)
     with jax.named_scope("attend"):
         scale = score_scale(cfg.rope, q_BLNH.shape[-1])
         cap = cfg.attention_soft_cap

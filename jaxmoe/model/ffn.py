@@ -10,6 +10,7 @@ from flax import struct
 from jaxmoe.config import ModelConfig
 from jaxmoe.kernels.low_precision import einsum
 from jaxmoe.mesh import tokens
+from jaxmoe.model.remat import HIDDEN, named
 from jaxmoe.spec import Spec
 
 Array = jax.Array
@@ -40,6 +41,7 @@ def ffn(params: Ffn, x_BLD: Array, cfg: ModelConfig) -> Array:
     """Parameters as gathered for compute; F stays over `model`."""
     gate_BLf = einsum("BLD,DF->BLF", x_BLD, params.wgate_DF, cfg.matmul)
     up_BLf = einsum("BLD,DF->BLF", x_BLD, params.wup_DF, cfg.matmul)
+    gate_BLf, up_BLf = named((gate_BLf, up_BLf), HIDDEN)
     hidden_BLf = activate(gate_BLf, up_BLf, cfg)
     out = tokens(None)
     return einsum("BLF,FD->BLD", hidden_BLf, params.wdown_FD, cfg.matmul, out_sharding=out)

@@ -62,6 +62,15 @@ class LmStats:
     by_segment: Stats  # the same as `router`, as the parameters are stacked; MTP modules last
 
 
+@struct.dataclass
+class Denominators:
+    """What a batch's sums are divided by; no parameter changes them."""
+
+    weight: Array  # of the loss
+    tokens: Array  # that count in the router's statistics
+    mtp: Array  # [n_mtp], weights of the further tokens
+
+
 def lm_specs(cfg: ModelConfig) -> Lm:
     v, d = cfg.vocab_size, cfg.d_model
     # Rows are looked up, not multiplied: unit variance enters the residual stream. Tied to the head
@@ -86,6 +95,7 @@ def lm_loss(
     documents_BL: Array | None = None,
     key: Array | None = None,
     layout: MeshConfig | None = None,
+    whole: Denominators | None = None,
 ) -> tuple[LossSums, LmStats]:
     """Loss sums over the weighted positions, and what the routers did.
 
@@ -97,6 +107,8 @@ def lm_loss(
             at zero; 0 is padding. None: each row is one document.
         key: for the router's jitter; None: there is none (evaluation).
         layout: the pipeline's rounds and microbatches; None: one round.
+        whole: of the batch that these rows are a part of. Everything that is returned is then the
+            part's share: those of all parts add up to the batch's sums and means.
     """
     places = make_places(tokens_BL, documents_BL, cfg)
     x_BLD, by_segment = hidden(params, tokens_BL, places, cfg, key, layout)
@@ -116,26 +128,43 @@ def lm_loss(
     with jax.named_scope("loss"):
         sums = loss(x_BLD, targets_BL, weights_BL)
     total, nlls = sums.total, []
+    weight = sums.weight if whole is None else whole.weight
     for k, module in enumerate(params.mtp, start=1):
         with jax.named_scope("mtp"):
             # From token i + k on, in the document of token i.
             ahead_BL = _ahead(targets_BL, k - 1)
             x_BLD, stats = _mtp(module, params, x_BLD, ahead_BL, places, cfg)
-            weights = _ahead(weights_BL, k) * _same_document(places, k)
+            weights = _ahead(weights_BL, k) * _same_document(documents_BL, k)
             further = loss(x_BLD, _ahead(targets_BL, k), weights)
         by_segment = (*by_segment, (jax.tree.map(lambda a: a[None], stats),))
-        per_token = jnp.maximum(further.weight, 1e-6)
-        total += cfg.mtp_coef / cfg.n_mtp * further.total / per_token * sums.weight
+        per_token = jnp.maximum(further.weight if whole is None else whole.mtp[k - 1], 1e-6)
+        total += cfg.mtp_coef / cfg.n_mtp * further.total / per_token * weight
         nlls.append(further.nll / per_token)
     sums_of_all = in_order(by_segment)
     router = None if sums_of_all is None else sums_of_all.means(cfg)
+    if whole is not None:
+        share = _valid(tokens_BL, documents_BL) / jnp.maximum(whole.tokens, 1)
+        router = jax.tree.map(lambda mean: mean * share, router)
     if router is not None:
         balance, z = cfg.router.load_balance_coef, cfg.router.z_coef
         auxiliary = balance * router.load_balance.sum() + z * router.router_z.sum()
-        total += auxiliary * sums.weight
+        total += auxiliary * weight
     mtp_nll = jnp.stack(nlls) if nlls else jnp.zeros(0, jnp.float32)
     stats = LmStats(router=router, mtp_nll=mtp_nll, by_segment=by_segment)
     return replace(sums, total=total), stats
+
+
+def denominators(
+    tokens_BL: Array, weights_BL: Array, documents_BL: Array | None, cfg: ModelConfig
+) -> Denominators:
+    """Of a whole batch, for `lm_loss` of its parts."""
+    ahead = range(1, cfg.n_mtp + 1)
+    further = [(_ahead(weights_BL, k) * _same_document(documents_BL, k)).sum() for k in ahead]
+    return Denominators(
+        weight=weights_BL.sum(),
+        tokens=_valid(tokens_BL, documents_BL),
+        mtp=jnp.stack(further) if further else jnp.zeros(0, jnp.float32),
+    )
 
 
 def hidden(
@@ -294,7 +323,14 @@ def _ahead(a_BL: Array, k: int) -> Array:
     return jnp.concatenate([a_BL[:, k:], jnp.zeros_like(a_BL[:, :k])], axis=1)
 
 
-def _same_document(places: Places, k: int) -> Array | float:
-    if places.documents_BL is None:
+def _same_document(documents_BL: Array | None, k: int) -> Array | float:
+    if documents_BL is None:
         return 1.0
-    return (_ahead(places.documents_BL, k) == places.documents_BL).astype(jnp.float32)
+    return (_ahead(documents_BL, k) == documents_BL).astype(jnp.float32)
+
+
+def _valid(tokens_BL: Array, documents_BL: Array | None) -> Array:
+    """How many tokens are no padding."""
+    if documents_BL is None:
+        return jnp.float32(tokens_BL.size)
+    return (documents_BL > 0).astype(jnp.float32).sum()

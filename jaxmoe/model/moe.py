@@ -25,7 +25,6 @@ from jaxmoe.kernels.low_precision import einsum
 from jaxmoe.mesh import COMPUTE, batch, partition, platform, tokens, vary_alike, varying
 from jaxmoe.model import blocked, sorted_experts
 from jaxmoe.model.ffn import activate, ffn, ffn_specs
-from jaxmoe.model.remat import rematerialised
 from jaxmoe.model.router import Router, RouterSums, route, router_specs
 from jaxmoe.spec import Spec, map_specs
 
@@ -90,7 +89,7 @@ def moe(
         y_BLD, overflow = experts(cfg, x_BLD, weights_BLA, ids_BLA, params.experts)
     if params.shared is not None:
         with jax.named_scope("shared_experts"):
-            y_BLD += rematerialised(partial(ffn, cfg=cfg), cfg)(params.shared, x_BLD)
+            y_BLD += ffn(params.shared, x_BLD, cfg)
     return y_BLD, replace(sums, overflow=overflow)
 
 

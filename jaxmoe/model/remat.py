@@ -1,17 +1,55 @@
-"""What is kept for the backward pass, by `model.remat`."""
+"""What is kept for the backward pass, by `model.remat`.
+
+    none       everything that autodiff wants
+    matmuls    outputs of matmuls that the backward pass needs: queries, keys and values, gate and
+               up of dense and shared feed-forwards; elementwise work is done again
+    attention  queries, keys and values; feed-forwards are computed again
+    full       inputs of the two halves of a layer
+    offload    the same as full, but in the host's memory: on the devices there is one layer at a
+               time
+
+All but none also keep attention's outputs and log-sum-exps: as large as an input, and dear to
+compute again (cuDNN's are not named, and are). Hidden rows of experts are kept by none (moe.py);
+gathered weights, the router and the order of the rows by `none` alone.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.kernels.chunked import KEPT
 
+# Names of values that a policy may keep.
+QKV, HIDDEN, INPUT = "qkv", "feed_forward", "layer_input"
+POLICIES = {"full": (KEPT,), "attention": (KEPT, QKV), "matmuls": (KEPT, QKV, HIDDEN)}
+
 
 def rematerialised(f: Callable[..., Any], cfg: ModelConfig) -> Callable[..., Any]:
-    """`f`, of which under "full" only the inputs are kept, and the outputs of attention with their
-    log-sum-exps: as large as an input, and dear to compute again."""
-    if cfg.remat == "none":
+    """`f`, a half of a layer, of which its inputs are kept and what the policy names."""
+    if cfg.remat in ("none", "offload"):
         return f
-    return jax.checkpoint(f, policy=jax.checkpoint_policies.save_only_these_names(KEPT))
+    return jax.checkpoint(
+        f, policy=jax.checkpoint_policies.save_only_these_names(*POLICIES[cfg.remat])
+    )
+
+
+def offloaded(f: Callable[..., Any], cfg: ModelConfig) -> Callable[..., Any]:
+    """`f`, a whole layer, whose named inputs and attention wait in pinned host memory under
+    "offload"; parameters stay where they rest."""
+    if cfg.remat != "offload":
+        return f
+    policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[INPUT, KEPT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+    return jax.checkpoint(f, policy=policy)
+
+
+def named(x: Any, name: str) -> Any:
+    """Arrays under a name that policies know."""
+    return jax.tree.map(lambda a: checkpoint_name(a, name), x)

@@ -23,7 +23,7 @@ from jaxmoe.model.attention import Places, attention, attention_specs
 from jaxmoe.model.ffn import ffn, ffn_specs
 from jaxmoe.model.moe import moe, moe_specs
 from jaxmoe.model.norm import rms_norm, rms_norm_specs
-from jaxmoe.model.remat import rematerialised
+from jaxmoe.model.remat import INPUT, named, offloaded, rematerialised
 from jaxmoe.model.router import RouterSums
 from jaxmoe.spec import stack
 
@@ -214,6 +214,13 @@ def run_layer(
     key: Array | None = None,
 ) -> tuple[Array, RouterSums | None]:
     """One layer, from parameters as they rest."""
+    whole = partial(_layer, cfg=cfg, kind=kind)
+    return offloaded(whole, cfg)(params, x_BLD, places, key)
+
+
+def _layer(
+    params: Layer, x_BLD: Array, places: Places, key: Array | None, *, cfg: ModelConfig, kind: Kind
+) -> tuple[Array, RouterSums | None]:
     specs, dtype = layer_specs(cfg, kind), jnp.dtype(cfg.dtype)
 
     def attend(x_BLD: Array, params: Layer) -> Array:
@@ -225,13 +232,18 @@ def run_layer(
         h_BLD = rms_norm(params.ffn_norm_D, x_BLD, cfg.norm_eps)
         return ffn(gather(params.ffn, specs.ffn, dtype), h_BLD, cfg)
 
-    x_BLD = x_BLD + rematerialised(attend, cfg)(x_BLD, params)
+    def feed_experts(x_BLD: Array, params: Layer) -> tuple[Array, RouterSums]:
+        # The experts keep only their inputs by themselves (moe.py). But their gathered weights and
+        # the router's float32 arrays would wait for all layers: those are made again.
+        h_BLD = rms_norm(params.ffn_norm_D, x_BLD, cfg.norm_eps)
+        valid_BL = None if places.documents_BL is None else places.documents_BL > 0
+        return moe(gather(params.ffn, specs.ffn, dtype), h_BLD, cfg, valid_BL, key)
+
+    x_BLD = named(x_BLD, INPUT)
+    x_BLD = named(x_BLD + rematerialised(attend, cfg)(x_BLD, params), INPUT)
     if not kind.moe:
         return x_BLD + rematerialised(feed, cfg)(x_BLD, params), None
-    # The experts keep only their inputs by themselves (moe.py), so they need no checkpoint.
-    h_BLD = rms_norm(params.ffn_norm_D, x_BLD, cfg.norm_eps)
-    valid_BL = None if places.documents_BL is None else places.documents_BL > 0
-    y_BLD, stats = moe(gather(params.ffn, specs.ffn, dtype), h_BLD, cfg, valid_BL, key)
+    y_BLD, stats = rematerialised(feed_experts, cfg)(x_BLD, params)
     return x_BLD + y_BLD, stats
 
 

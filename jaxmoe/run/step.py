@@ -1,4 +1,10 @@
-"""The train step and the evaluation step: pure functions of (state, batch, config)."""
+"""The train step and the evaluation step: pure functions of (state, batch, config).
+
+With train.accumulate = n the batch is computed in n parts, one after another. Gradients of the sums
+of the loss are added up and divided once by the weight of the whole batch, so that parts of uneven
+weight give the big batch's gradient (what does not: config.py, router.load_balance_scope; and the
+router's jitter, which is drawn by part).
+"""
 
 from functools import partial
 from typing import Any
@@ -8,10 +14,12 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from jaxmoe import mesh
 from jaxmoe.config import Config
 from jaxmoe.kernels.cross_entropy import LossSums
-from jaxmoe.model.lm import Lm, LmStats, lm_loss, move_balance_bias
+from jaxmoe.model.lm import Denominators, Lm, LmStats, denominators, lm_loss, move_balance_bias
 from jaxmoe.model.router import RouterStats
+from jaxmoe.optim import own_parts
 from jaxmoe.run.state import TrainState, make_optimizer
 
 Array = jax.Array
@@ -50,11 +58,10 @@ def train_step(state: TrainState, batch: Batch, config: Config) -> tuple[TrainSt
     if config.model.router.jitter:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
 
-    def loss(params: Any) -> tuple[Array, tuple[LossSums, LmStats]]:
-        sums, stats = _loss(params, batch, config, key)
-        return sums.total / sums.weight, (sums, stats)
-
-    grads, (sums, stats) = jax.grad(loss, has_aux=True)(state.params)
+    if config.train.accumulate == 1:
+        grads, (sums, stats) = _gradients(state.params, batch, config, key)
+    else:
+        grads, (sums, stats) = _accumulated(state.params, batch, config, key)
     updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
     params: Any = optax.apply_updates(state.params, updates)
     params = move_balance_bias(params, stats, config.model)
@@ -64,13 +71,48 @@ def train_step(state: TrainState, batch: Batch, config: Config) -> tuple[TrainSt
     )
 
 
+def _gradients(
+    params: Lm, batch: Batch, config: Config, key: Array | None, whole: Denominators | None = None
+) -> tuple[Any, tuple[LossSums, LmStats]]:
+    """Of the mean loss; or, where the batch is a part of a `whole` one, of the part's sum."""
+
+    def loss(params: Any) -> tuple[Array, tuple[LossSums, LmStats]]:
+        sums, stats = _loss(params, batch, config, key, whole)
+        return sums.total / sums.weight if whole is None else sums.total, (sums, stats)
+
+    grads, aux = jax.grad(loss, has_aux=True)(params)
+    return own_parts(grads, config.optim), aux
+
+
+def _accumulated(
+    params: Lm, batch: Batch, config: Config, key: Array | None
+) -> tuple[Any, tuple[LossSums, LmStats]]:
+    """The same of train.accumulate parts of the batch. Gradients are added up as the parameters
+    rest: float32, and spread over the same devices."""
+    parts = config.train.accumulate
+    whole = denominators(batch.inputs(), batch.weights_BL, batch.documents_BL, config.model)
+
+    def add_part(total: Lm, part: tuple[Batch, Array]) -> tuple[Any, tuple[LossSums, LmStats]]:
+        rows, number = part
+        own = None if key is None else jax.random.fold_in(key, number)
+        grads, aux = _gradients(params, rows, config, own, whole)
+        return jax.tree.map(jnp.add, total, grads), aux
+
+    zeros = own_parts(jax.tree.map(jnp.zeros_like, params), config.optim)
+    inputs = (mesh.in_parts(batch, parts), jnp.arange(parts))
+    total, aux = jax.lax.scan(add_part, zeros, inputs)
+    return jax.tree.map(lambda a: a / whole.weight, total), jax.tree.map(lambda a: a.sum(0), aux)
+
+
 @partial(jax.jit, static_argnums=2)
 def eval_step(params: Lm, batch: Batch, config: Config) -> LossSums:
     """Loss sums of a held-out batch; add them up, then divide."""
     return _loss(params, batch, config, None)[0]
 
 
-def _loss(params: Any, batch: Batch, config: Config, key: Any) -> tuple[LossSums, LmStats]:
+def _loss(
+    params: Any, batch: Batch, config: Config, key: Any, whole: Denominators | None = None
+) -> tuple[LossSums, LmStats]:
     return lm_loss(
         params,
         batch.inputs(),
@@ -80,6 +122,7 @@ def _loss(params: Any, batch: Batch, config: Config, key: Any) -> tuple[LossSums
         documents_BL=batch.documents_BL,
         key=key,
         layout=config.mesh,
+        whole=whole,
     )
 
 

@@ -64,7 +64,8 @@ def large_mesh(config: Config, n_devices: int = 512) -> MeshConfig:
 def step_types(config: Config, n_devices: int) -> None:
     mesh = mesh_lib.abstract(config.mesh, n_devices)
     mesh_lib.shardings(lm_specs(config.model), mesh)
-    mesh_lib.check_batch(mesh, "train.batch_size", config.train.batch_size)
+    train = config.train
+    mesh_lib.check_batch(mesh, "train.batch_size", train.batch_size, train.accumulate)
     rows, b, length = jax.P(mesh_lib.BATCH), config.train.batch_size, config.train.seq_len
     sharding = jax.NamedSharding(mesh, rows)
     batch = Batch(
