@@ -9,11 +9,13 @@ an error at trace time instead of a guess of the compiler.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -90,9 +92,50 @@ def devices_wanted(config: MeshConfig, n_processes: int) -> int:
 
 def build(config: MeshConfig) -> Mesh:
     """The mesh over all devices of all processes."""
-    # jax.make_mesh silently takes a subset of the devices, so the product is checked first.
-    shape = sizes(config, jax.device_count())
-    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    return over(config, jax.devices())
+
+
+def over(config: MeshConfig, devices: Sequence[Any]) -> Mesh:
+    """The mesh over all of these devices, which may be a topology's: the later an axis comes in
+    AXES, the nearer are its neighbours. Slow links between slices of TPUs (or NVLink domains, where
+    JAX knows of several) go to the first axes that they divide.
+
+    Raises:
+        UserError: the product is not the number of devices.
+    """
+    # JAX's own helpers may silently take a subset of the devices, so the product comes first.
+    shape = tuple(sizes(config, len(devices)).values())
+    return Mesh(arranged(shape, devices), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def arranged(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    """Devices as `over` has them."""
+    slices = {getattr(device, "slice_index", None) for device in devices}
+    if len(slices) == 1:
+        return _split_if_needed(mesh_utils.create_device_mesh, shape, devices)
+    outer = across(shape, len(slices))
+    inner = tuple(size // far for size, far in zip(shape, outer, strict=True))
+    return _split_if_needed(mesh_utils.create_hybrid_device_mesh, inner, outer, devices)
+
+
+def across(shape: Sequence[int], n_slices: int) -> tuple[int, ...]:
+    """How often each axis crosses slow links: as much as divides on the first axes."""
+    left, parts = n_slices, []
+    for size in shape:
+        parts.append(math.gcd(size, left))
+        left //= parts[-1]
+    if left > 1:
+        text = " x ".join(f"{a}={s}" for a, s in zip(AXES, shape, strict=True) if s > 1)
+        raise UserError(f"{n_slices} slices cannot share the mesh {text} evenly; set mesh.replica")
+    return tuple(parts)
+
+
+def _split_if_needed(make: Any, *arguments: Any) -> np.ndarray:
+    """Devices by `make`: an axis on whole physical ones (rings), where the sizes allow it."""
+    try:
+        return make(*arguments)
+    except NotImplementedError:
+        return make(*arguments, allow_split_physical_axes=True)
 
 
 def abstract(config: MeshConfig, n_devices: int) -> AbstractMesh:
@@ -190,6 +233,18 @@ def tokens(*rest: str | None) -> P:
     return P(batch(), None, *rest)
 
 
+def to_stream(x_BLD: jax.Array) -> jax.Array:
+    """The residual stream between blocks: positions over `model`, whose shards would otherwise hold
+    copies of it (sequence parallelism: Korthikanti et al., arXiv:2205.05198, section 4.2.2). A
+    length that `model` does not divide stays whole."""
+    return jax.reshard(x_BLD, _stream(x_BLD.shape[1]))
+
+
+def from_stream(x_BLD: jax.Array) -> jax.Array:
+    """All positions on every shard of `model`: what blocks and the loss are given."""
+    return jax.reshard(x_BLD, tokens(None))
+
+
 def varying(*arrays: jax.Array) -> frozenset[str]:
     """Mesh axes over which any of the arrays differs, inside of shard_map; none outside."""
     return frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))
@@ -224,6 +279,11 @@ def concrete(abstract_tree: Any, mesh: Mesh) -> Any:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
     return jax.tree.map(one, abstract_tree)
+
+
+def _stream(length: int) -> P:
+    ways = jax.sharding.get_abstract_mesh().shape["model"]
+    return P(batch(), "model" if ways > 1 and length % ways == 0 else None, None)
 
 
 def _entry(axes: MeshAxes) -> str | MeshAxes | None:

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import MeshConfig, ModelConfig
 from jaxmoe.kernels.cross_entropy import LossSums, cross_entropy, soft_capped
-from jaxmoe.mesh import gather, tokens
+from jaxmoe.mesh import from_stream, gather, to_stream, tokens
 from jaxmoe.model.attention import Places
 from jaxmoe.model.norm import rms_norm, rms_norm_specs
 from jaxmoe.model.rope import make_turns
@@ -178,7 +178,7 @@ def hidden(
     """Final normalised hidden states x_BLD in the compute dtype, and router sums by segment."""
     x_BLD = _embed(params, tokens_BL, cfg)
     x_BLD, stats = run_layers(params.layers, x_BLD, places, cfg, key, layout)
-    return rms_norm(params.final_norm_D, x_BLD, cfg.norm_eps), stats
+    return from_stream(rms_norm(params.final_norm_D, x_BLD, cfg.norm_eps)), stats
 
 
 def lm_logits(
@@ -261,7 +261,7 @@ def look_up(embed_VD: Array, tokens_BL: Array) -> Array:
 def _embed(params: Lm, tokens_BL: Array, cfg: ModelConfig) -> Array:
     embed_VD = gather(params.embed_VD, lm_specs(cfg).embed_VD, jnp.dtype(cfg.dtype))
     with jax.named_scope("embed"):
-        return look_up(embed_VD, tokens_BL)
+        return to_stream(look_up(embed_VD, tokens_BL))
 
 
 def _head(params: Lm, cfg: ModelConfig) -> Array:
@@ -307,13 +307,13 @@ def _mtp(
     specs, dtype = _mtp_specs(cfg), jnp.dtype(cfg.dtype)
     norm = partial(rms_norm, eps=cfg.norm_eps)
     e_BLD = norm(module.embed_norm_D, _embed(params, ahead_BL, cfg))
-    h_BLD = norm(module.hidden_norm_D, x_BLD)
+    h_BLD = norm(module.hidden_norm_D, to_stream(x_BLD))
     wembed_DD = gather(module.wembed_DD, specs.wembed_DD, dtype)
     whidden_DD = gather(module.whidden_DD, specs.whidden_DD, dtype)
     x_BLD = jnp.einsum("BLD,DX->BLX", e_BLD, wembed_DD)
     x_BLD += jnp.einsum("BLD,DX->BLX", h_BLD, whidden_DD)
     x_BLD, stats = run_layer(module.layer, x_BLD, places, cfg, _mtp_kind(cfg))
-    return norm(module.final_norm_D, x_BLD), stats
+    return from_stream(norm(module.final_norm_D, x_BLD)), stats
 
 
 def _ahead(a_BL: Array, k: int) -> Array:

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmoe import mesh
 from jaxmoe.config import MeshConfig, ModelConfig
-from jaxmoe.mesh import gather
+from jaxmoe.mesh import from_stream, gather, to_stream
 from jaxmoe.model import pipeline
 from jaxmoe.model.attention import Places, attention, attention_specs
 from jaxmoe.model.ffn import ffn, ffn_specs
@@ -224,26 +224,24 @@ def _layer(
     specs, dtype = layer_specs(cfg, kind), jnp.dtype(cfg.dtype)
 
     def attend(x_BLD: Array, params: Layer) -> Array:
-        h_BLD = rms_norm(params.attention_norm_D, x_BLD, cfg.norm_eps)
+        h_BLD = from_stream(rms_norm(params.attention_norm_D, x_BLD, cfg.norm_eps))
         own = gather(params.attention, specs.attention, dtype)
-        return attention(own, h_BLD, places, cfg, kind.window)
+        return to_stream(attention(own, h_BLD, places, cfg, kind.window))
 
-    def feed(x_BLD: Array, params: Layer) -> Array:
-        h_BLD = rms_norm(params.ffn_norm_D, x_BLD, cfg.norm_eps)
-        return ffn(gather(params.ffn, specs.ffn, dtype), h_BLD, cfg)
-
-    def feed_experts(x_BLD: Array, params: Layer) -> tuple[Array, RouterSums]:
-        # The experts keep only their inputs by themselves (moe.py). But their gathered weights and
-        # the router's float32 arrays would wait for all layers: those are made again.
-        h_BLD = rms_norm(params.ffn_norm_D, x_BLD, cfg.norm_eps)
+    def feed(x_BLD: Array, params: Layer) -> tuple[Array, RouterSums | None]:
+        h_BLD = from_stream(rms_norm(params.ffn_norm_D, x_BLD, cfg.norm_eps))
+        own = gather(params.ffn, specs.ffn, dtype)
+        if not kind.moe:
+            return to_stream(ffn(own, h_BLD, cfg)), None
         valid_BL = None if places.documents_BL is None else places.documents_BL > 0
-        return moe(gather(params.ffn, specs.ffn, dtype), h_BLD, cfg, valid_BL, key)
+        y_BLD, stats = moe(own, h_BLD, cfg, valid_BL, key)
+        return to_stream(y_BLD), stats
 
     x_BLD = named(x_BLD, INPUT)
     x_BLD = named(x_BLD + rematerialised(attend, cfg)(x_BLD, params), INPUT)
-    if not kind.moe:
-        return x_BLD + rematerialised(feed, cfg)(x_BLD, params), None
-    y_BLD, stats = rematerialised(feed_experts, cfg)(x_BLD, params)
+    # Of the experts too: their own VJP keeps only their inputs (moe.py), but the norm's and the
+    # router's float32 arrays would wait for all layers.
+    y_BLD, stats = rematerialised(feed, cfg)(x_BLD, params)
     return x_BLD + y_BLD, stats
 
 

@@ -32,10 +32,11 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
 MAX_CACHE_BYTES = 4 << 30
 
 
-def options() -> dict[str, Any]:
-    """Compiler options of the backend in use, without those that XLA_FLAGS sets."""
+def options(backend: str | None = None) -> dict[str, Any]:
+    """Compiler options of a backend (of the one in use), without those that XLA_FLAGS sets."""
     own = set(re.findall(r"--(\w+)", os.environ.get("XLA_FLAGS", "")))
-    backend = {"cuda": "gpu", "rocm": "gpu"}.get(jax.default_backend(), jax.default_backend())
+    backend = backend or jax.default_backend()
+    backend = {"cuda": "gpu", "rocm": "gpu"}.get(backend, backend)
     return {name: value for name, value in OPTIONS.get(backend, {}).items() if name not in own}
 
 
@@ -64,9 +65,9 @@ def keep_compiled(root: Path) -> Path | None:
     return folder
 
 
-def compile_with_options(lowered: Any) -> tuple[Any, list[str]]:
+def compile_with_options(lowered: Any, backend: str | None = None) -> tuple[Any, list[str]]:
     """The compiled program, and which of the options this version of XLA does not know."""
-    wanted, left_out = options(), []
+    wanted, left_out = options(backend), []
     while True:
         try:
             return lowered.compile(compiler_options=wanted), left_out

@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import absent
 import jax
 import jax.numpy as jnp
 import meshes
 import pytest
-import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -18,7 +18,7 @@ from jaxmoe.kernels.grouped_matmul import grouped_matmul, grouped_swiglu, pick
 
 pytestmark = pytest.mark.aot
 
-TARGETS = {"h100": "gpu", "v5p:2x2x2": "tpu"}
+TARGETS = {"h100:1x8": "gpu", "tpu:v5p:2x2x2": "tpu"}
 T, D, F, E = 8192, 2048, 1024, 64
 
 
@@ -68,7 +68,7 @@ def shapes_of(n: int, d: int, f: int, dtype: Any) -> list[Any]:
 def test_a_matmul_and_its_gradients(kind: str, d: int, f: int, dtype: Any) -> None:
     """Three kernels, no tensor larger than the weights (a dense layer's [T, E * F] is four times
     as large) and next to no memory but the results."""
-    mesh = topologies.mesh(kind, data=1)
+    mesh = absent.mesh(kind, data=1)
     backend = TARGETS[kind]
     function = both_ways(lambda *a: grouped_matmul(*a, path=pick(backend)), 2)
     compiled = lower(function, mesh, shapes_of(2, d, f, dtype), [P()] * 4)
@@ -87,7 +87,7 @@ def test_swiglu_and_its_gradients(kind: str) -> None:
     backend = TARGETS[kind]
     function = both_ways(lambda *a: grouped_swiglu(*a, path=pick(backend)), 3)
     shapes = shapes_of(3, D, F, jnp.bfloat16)
-    compiled = lower(function, topologies.mesh(kind, data=1), shapes, [P()] * 5)
+    compiled = lower(function, absent.mesh(kind, data=1), shapes, [P()] * 5)
     assert kernels(compiled) == {backend: 1 + 2 + 4 if backend == "gpu" else 2 + 2 + 4}
     assert largest(compiled) == E * D * F
     assert compiled.memory_analysis().temp_size_in_bytes < 4.1 * (T * F * 2)
@@ -97,7 +97,7 @@ def test_swiglu_and_its_gradients(kind: str) -> None:
 def test_kernels_in_a_checked_shard_map(kind: str) -> None:
     """Rows over eight devices, matrices over two of them: a device has its own kernels, and the
     matrices' gradient is what is summed."""
-    mesh, backend = topologies.mesh(kind, data=4, expert=2), TARGETS[kind]
+    mesh, backend = absent.mesh(kind, data=4, expert=2), TARGETS[kind]
     rows, matrices = P(("data", "expert")), P("expert")
     local = both_ways(lambda *a: grouped_matmul(*a, path=pick(backend)), 2)
     mapped = jax.shard_map(

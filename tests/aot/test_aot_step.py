@@ -7,20 +7,18 @@ Run with an environment that has their compilers: python -m pytest -m aot tests/
 import re
 from typing import Any
 
+import absent
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxmoe import mesh as mesh_lib
 from jaxmoe.config import Config, MeshConfig, ModelConfig, TrainConfig, replace
 from jaxmoe.model.moe import path_of
+from jaxmoe.plan import aot
 from jaxmoe.run import xla
-from jaxmoe.run.state import abstract_state
-from jaxmoe.run.step import Batch, train_step
 
 pytestmark = pytest.mark.aot
 
@@ -43,29 +41,20 @@ ARRAY = re.compile(r"\b(f32|bf16|s32|u32|pred|u8|s8)\[([\d,]+)\]")
 
 
 def compiled(kind: str, n: int, model: ModelConfig) -> Any:
-    mesh_config = MeshConfig(expert=n)
-    sizes = mesh_lib.sizes(mesh_config, n)
-    grid = np.array(topologies.devices(kind)[:n], object).reshape(*sizes.values())
-    mesh = Mesh(grid, mesh_lib.AXES, axis_types=(AxisType.Explicit,) * len(mesh_lib.AXES))
+    mesh = absent.mesh(kind, expert=n)
     train = TrainConfig(batch_size=n * B, seq_len=L)
-    config = Config(model=model, train=train, mesh=mesh_config)
-    rows = NamedSharding(mesh, P(mesh_lib.BATCH, None))
-    batch = Batch(
-        tokens_BL=jax.ShapeDtypeStruct((n * B, L + 1), jnp.int32, sharding=rows),
-        weights_BL=jax.ShapeDtypeStruct((n * B, L), jnp.float32, sharding=rows),
-    )
+    config = Config(model=model, train=train, mesh=MeshConfig(expert=n))
     with jax.set_mesh(mesh):
         assert path_of(model) == ("kernel" if model.expert_path == "auto" else model.expert_path)
-        lowered = train_step.lower(abstract_state(config, mesh), batch, config)
-        options = xla.OPTIONS["gpu" if kind == "h100" else "tpu"]
-        return lowered.compile(compiler_options=dict(options))
+    options = xla.OPTIONS["tpu" if kind.startswith("tpu") else "gpu"]
+    return aot.lower(config, mesh).compile(compiler_options=dict(options))
 
 
 def arrays(text: str) -> set[tuple[str, tuple[int, ...]]]:
     return {(dtype, tuple(map(int, dims.split(",")))) for dtype, dims in ARRAY.findall(text)}
 
 
-@pytest.mark.parametrize("kind", ["h100", "v5p:2x2x1"])
+@pytest.mark.parametrize("kind", ["h100:1x8", "tpu:v5p:2x2x1"])
 @pytest.mark.parametrize("exchange", ["one device", "all_to_all", "all_gather", "ragged"])
 def test_nothing_of_the_size_of_tokens_times_experts(kind: str, exchange: Any) -> None:
     n = 1 if exchange == "one device" else 4
@@ -88,8 +77,8 @@ def test_nothing_of_the_size_of_tokens_times_experts(kind: str, exchange: Any) -
 
 @pytest.mark.parametrize("backend", ["gpu", "tpu"])
 def test_every_option_is_known(backend: str) -> None:
-    kind = {"gpu": "h100", "tpu": "v5p:2x2x1"}[backend]
-    one = NamedSharding(topologies.mesh(kind, x=1), P())
+    kind = {"gpu": "h100:1x8", "tpu": "tpu:v5p:2x2x1"}[backend]
+    one = NamedSharding(absent.mesh(kind, data=1), P())
     x = jax.ShapeDtypeStruct((8,), jnp.float32, sharding=one)
     lowered = jax.jit(lambda x: x + 1).lower(x)
     lowered.compile(compiler_options=dict(xla.OPTIONS[backend]))
