@@ -24,14 +24,17 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import MeshConfig
+from jaxmoe.jax_versions import keep_free_axes
 from jaxmoe.mesh import batch
 
 Array = jax.Array
 AXIS = "stage"
 
-# (layers' parameters, x_BLD, what goes with the rows, what is common to all, number of the
-# microbatch) -> y_BLD and sums that add up over parts
-Part = Callable[[Any, Array, Any, Any, Array], tuple[Array, Any]]
+keep_free_axes()
+
+# (layers' parameters, their keys, x_BLD, what goes with the rows, what is common to all, number of
+# the microbatch) -> y_BLD and sums that add up over parts
+Part = Callable[[Any, Any, Array, Any, Any, Array], tuple[Array, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,13 +78,14 @@ def stages() -> int:
 
 
 def run(
-    part: Part, params: Any, x_BLD: Array, beside: Any, common: Any, plan: Schedule
+    part: Part, params: Any, keys: Any, x_BLD: Array, beside: Any, common: Any, plan: Schedule
 ) -> tuple[Array, Any]:
     """All layers on x_BLD, each stage its own.
 
     Args:
-        part: some consecutive layers. Compiled once.
-        params: stacked on [layers] over `stage`, or on [rounds, layers] with rounds > 1.
+        part: some consecutive layers. Compiled once; closes over no arrays.
+        params: stacked on [layers] over `stage`, or on [rounds, layers] with rounds > 1; and
+        keys: stacked likewise, or None.
         beside: arrays [B, L] that go with the rows; small, since every stage gets all of them.
         common: arrays that are the same for all rows and stages.
 
@@ -93,14 +97,14 @@ def run(
     layers = P(None, AXIS) if plan.rounds > 1 else P(AXIS)
     mapped = jax.shard_map(
         lambda *args: _stage(part, plan, *args),
-        in_specs=(layers, P(AXIS), P(), P()),
+        in_specs=(layers, layers, P(AXIS), P(), P()),
         out_specs=(P(AXIS), layers),
         axis_names={AXIS},
         # Checked, residuals of a shard_map inside of this one get `stage` into their specs where
         # it cannot be (jax 0.10.2 and 0.12.0, shard_map.py, `nospec`).
         check_vma=False,
     )
-    y, sums = mapped(params, x, beside, common)
+    y, sums = mapped(params, keys, x, beside, common)
     return _joined(y), jax.tree.map(lambda a: _in_order(a, plan), sums)
 
 
@@ -108,13 +112,12 @@ def run(
 
 
 def _stage(
-    part: Part, plan: Schedule, params: Any, x: Array, beside: Any, common: Any
+    part: Part, plan: Schedule, params: Any, keys: Any, x: Array, beside: Any, common: Any
 ) -> tuple[Array, Any]:
     """x [1, G, ...]: this stage's rows. Params are its own, beside [S, G, ...] is of all stages."""
     me, n, x_GbLD = jax.lax.axis_index(AXIS), plan.stages, x[0]
     down = [(s, (s + 1) % n) for s in range(n)]  # to the next stage
     up = [(s, (s - 1) % n) for s in range(n)]
-    work = _work(part, plan, params, common)
     zeros = jnp.zeros_like(x_GbLD[0])
 
     def step(carry: Any, t: Array) -> tuple[Any, None]:
@@ -131,7 +134,11 @@ def _stage(
         of_rows = jax.tree.map(lambda a: _pick(a, slot, item // (plan.rounds * n)), beside)
         number = item // (plan.rounds * n) * n + slot
         valid = (t >= me) & (t - me < plan.items)
-        y, sums = work(valid, turn, number, mine, of_rows, sums)
+        y, more = _item(part, plan, params, mine, keys, valid, turn, (of_rows, common, number))
+        if plan.rounds > 1:
+            sums = jax.tree.map(lambda a, b: a.at[turn].add(b), sums, more)
+        else:
+            sums = jax.tree.map(jnp.add, sums, more)
         # The last stage's results go up: after S of them each is at the stage it came from.
         leaving = jax.lax.ppermute(leaving, AXIS, up)
         leaving = jnp.where(me == n - 1, y, leaving)
@@ -142,43 +149,82 @@ def _stage(
         entering = jax.lax.ppermute(entering, AXIS, up)
         return (waiting, entering, leaving, done_GbLD, sums), None
 
-    start = (zeros, zeros, zeros, jnp.zeros_like(x_GbLD), work.nothing(zeros, beside))
+    rest = (jax.tree.map(lambda a: a[0, 0], beside), common, jnp.int32(0))
+    none = _nothing(part, plan, params, keys, zeros, rest)
+    start = (zeros, zeros, zeros, jnp.zeros_like(x_GbLD), none)
     (_, _, _, done_GbLD, sums), _ = jax.lax.scan(step, start, jnp.arange(plan.iterations))
     return done_GbLD[None], sums
 
 
-class _work:
-    """One item: the layers of one round on one microbatch, and their sums added to those before."""
+def _nothing(part: Part, plan: Schedule, params: Any, keys: Any, x: Array, rest: Any) -> Any:
+    """Sums of no item, for every layer of the stage."""
+    of_round = lambda p, k, *args: part(_round(plan, p, 0), _round(plan, k, 0), *args)  # noqa: E731
+    _, sums = jax.eval_shape(of_round, params, keys, x, *rest)
+    shape = lambda a: (plan.rounds, *a.shape) if plan.rounds > 1 else a.shape  # noqa: E731
+    return jax.tree.map(lambda a: jnp.zeros(shape(a), a.dtype), sums)
 
-    def __init__(self, part: Part, plan: Schedule, params: Any, common: Any) -> None:
-        self.part, self.plan, self.params, self.common = part, plan, params, common
 
-    def nothing(self, x: Array, beside: Any) -> Any:
-        """Sums of no item."""
-        rows = jax.tree.map(lambda a: a[0, 0], beside)
-        _, sums = jax.eval_shape(lambda *a: self._layers(0, 0, *a), x, rows)
-        rounds = self.plan.rounds
-        shape = lambda a: (rounds, *a.shape) if rounds > 1 else a.shape  # noqa: E731
-        return jax.tree.map(lambda a: jnp.zeros(shape(a), a.dtype), sums)
+def _round(plan: Schedule, stacked: Any, turn: Any) -> Any:
+    """Of a stage's arrays those of one round."""
+    if plan.rounds == 1:
+        return stacked
+    pick = lambda a: jax.lax.dynamic_index_in_dim(a, turn, keepdims=False)  # noqa: E731
+    return jax.tree.map(pick, stacked)
 
-    def _layers(self, turn: Any, number: Any, x: Array, rows: Any) -> tuple[Array, Any]:
-        params = self.params
-        if self.plan.rounds > 1:
-            pick = lambda a: jax.lax.dynamic_index_in_dim(a, turn, keepdims=False)  # noqa: E731
-            params = jax.tree.map(pick, params)
-        return self.part(params, x, rows, self.common, number)
 
-    def __call__(
-        self, valid: Array, turn: Array, number: Array, x: Array, rows: Any, sums: Any
-    ) -> tuple[Array, Any]:
-        def busy(x: Array, rows: Any, sums: Any) -> tuple[Array, Any]:
-            y, more = self._layers(turn, number, x, rows)
-            if self.plan.rounds == 1:
-                return y, jax.tree.map(jnp.add, sums, more)
-            return y, jax.tree.map(lambda a, b: a.at[turn].add(b), sums, more)
+# An item: the layers of one round on one microbatch, or nothing in a bubble. Its VJP is our own:
+# autodiff would keep the parameters of every iteration, since what a `cond` keeps is not seen to be
+# the same each time. So an item keeps its input, and is computed again on the way back.
 
-        # All devices of a stage go the same way, so collectives within it are safe.
-        return jax.lax.cond(valid, busy, lambda x, rows, sums: (x, sums), x, rows, sums)
+
+def _run_item(
+    part: Part,
+    plan: Schedule,
+    params: Any,
+    x: Array,
+    keys: Any,
+    valid: Array,
+    turn: Array,
+    rest: Any,
+) -> tuple[Array, Any]:
+    def busy(x: Array) -> tuple[Array, Any]:
+        return part(_round(plan, params, turn), _round(plan, keys, turn), x, *rest)
+
+    def idle(x: Array) -> tuple[Array, Any]:
+        _, sums = jax.eval_shape(busy, x)
+        return x, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), sums)
+
+    # All devices of a stage go the same way, so collectives within it are safe.
+    return jax.lax.cond(valid, busy, idle, x)
+
+
+def _item_fwd(part: Part, plan: Schedule, *args: Any) -> tuple[Any, Any]:
+    return _run_item(part, plan, *args), args
+
+
+def _item_bwd(part: Part, plan: Schedule, kept: Any, cotangents: Any) -> tuple[Any, ...]:
+    params, x, keys, valid, turn, rest = kept
+
+    def run(own: Any, x: Array) -> tuple[Array, Any]:
+        return part(own, _round(plan, keys, turn), x, *rest)
+
+    def busy(cotangents: Any) -> tuple[Any, Array]:
+        _, pull = jax.vjp(run, _round(plan, params, turn), x)
+        return pull(cotangents)
+
+    def idle(cotangents: Any) -> tuple[Any, Array]:
+        zeros = jax.tree.map(jnp.zeros_like, _round(plan, params, 0))
+        return zeros, cotangents[0]
+
+    own, dx = jax.lax.cond(valid, busy, idle, cotangents)
+    if plan.rounds > 1:
+        put = lambda a, d: jnp.zeros_like(a).at[turn].set(d)  # noqa: E731
+        own = jax.tree.map(put, params, own)
+    return own, dx, None, None, None, None
+
+
+_item: Any = jax.custom_vjp(_run_item, nondiff_argnums=(0, 1))
+_item.defvjp(_item_fwd, _item_bwd)
 
 
 # Between a batch over all stages and microbatches

@@ -167,7 +167,7 @@ def _in_stages(
     period: tuple[Kind, ...],
     layout: MeshConfig,
 ) -> tuple[Array, Any]:
-    """In a pipeline; under remat "full" each item of it keeps only its input."""
+    """In a pipeline, each item of which keeps its input alone, whatever `remat` is."""
     rows = len(x_BLD) // mesh.ways(mesh.batch())
     plan = pipeline.schedule(layout, pipeline.stages(), rows)
     if keys is not None and plan.rounds > 1:
@@ -175,17 +175,15 @@ def _in_stages(
     own_turns = places.documents_BL is not None  # each row has positions of its own
 
     def part(
-        stacked: Any, x_BLD: Array, beside: Any, common: Any, number: Array
+        layers: Any, keys: Any, x_BLD: Array, beside: Any, common: Any, number: Array
     ) -> tuple[Array, Any]:
-        layers, keys = stacked
         if keys is not None:
             keys = jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
         here = beside if own_turns else Places(turns=common)
         return _one_after_another(layers, keys, x_BLD, here, cfg, period)
 
     beside, common = (places, None) if own_turns else (None, places.turns)
-    part = jax.checkpoint(part) if cfg.remat == "full" else part
-    return pipeline.run(part, (params, keys), x_BLD, beside, common, plan)
+    return pipeline.run(part, params, keys, x_BLD, beside, common, plan)
 
 
 def _period(

@@ -73,15 +73,15 @@ def toy(mesh_axes: dict[str, int], rounds: int, microbatches: int) -> dict[str, 
         y = x + jnp.tanh(jnp.einsum("bld,de->ble", x, w)) * (1 + 0.1 * ids[..., None]) + common
         return y, {"rows": jnp.float32(x.shape[0]), "x": (x**2).sum()}
 
-    def part(w_: Any, x: Any, ids: Any, common: Any, _: Any) -> tuple[Any, Any]:
+    def part(w_: Any, _: Any, x: Any, ids: Any, common: Any, __: Any) -> tuple[Any, Any]:
         return jax.lax.scan(lambda x, w: layer(x, w, ids, common), x, w_)
 
     def loss(w: Any, x: Any, ids: Any) -> Any:
         if pipeline.stages() == 1:
-            y, sums = part(jax.reshard(w, P()), x, ids, jnp.float32(0.01), 0)
+            y, sums = part(jax.reshard(w, P()), None, x, ids, jnp.float32(0.01), 0)
         else:
             plan = pipeline.schedule(layout, pipeline.stages(), B // mesh.size)
-            y, sums = pipeline.run(part, w, x, ids, jnp.float32(0.01), plan)
+            y, sums = pipeline.run(part, w, None, x, ids, jnp.float32(0.01), plan)
         weight = jnp.arange(B, dtype=jnp.float32)[:, None, None]
         return (weight * y**2).sum() + 0.1 * (sums["x"] ** 2).sum(), (y, sums)
 
