@@ -61,7 +61,7 @@ def draw(specs: Any, seed: int, dtype: str) -> Any:
 
 
 def rows(a: Any, dtype: Any) -> jax.Array:
-    return jax.device_put(jnp.asarray(a, dtype), P(mesh_lib.BATCH, None, None))
+    return jax.device_put(jnp.asarray(a, dtype), P(mesh_lib.BATCH, "context", None))
 
 
 def choices(cfg: ModelConfig, tokens: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

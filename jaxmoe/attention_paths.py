@@ -1,6 +1,6 @@
 """Which attention path a call takes, and why not another one: the rules, in one place, without JAX.
 
-chunked  plain matmuls on any backend (kernels/attention.py, kernels/online.py)
+chunked  plain matmuls on any backend (kernels/attention.py, online.py; ring.py on mesh.context)
 cudnn    cuDNN's flash attention (NVIDIA GPUs)
 splash   the Pallas kernel that JAX ships for TPUs
 """
@@ -25,6 +25,7 @@ class Call:
         platform: "cpu", "gpu" (NVIDIA's), "tpu" or another; None: not known yet.
         dtype: of queries, keys and values.
         width: of a head, the wider of keys and values (the narrower is padded).
+        context: the sequence is sharded.
         hopper: the GPU is one, or newer.
     """
 
@@ -34,6 +35,7 @@ class Call:
     soft_cap: bool = False
     sinks: bool = False
     documents: bool = False
+    context: bool = False
     hopper: bool = True
 
 
@@ -42,6 +44,8 @@ def obstacle(path: str, call: Call) -> str | None:
     needs = NEEDS.get(path)
     if needs is not None and call.platform not in (None, needs):
         return f"it needs a {needs.upper()}, and this is {call.platform}"
+    if path in FUSED and call.context:
+        return "it knows whole sequences only, and mesh.context shards them"
     return _obstacle_of_cudnn(call) if path == "cudnn" else None
 
 
@@ -79,7 +83,7 @@ def pick(wish: str, call: Call) -> str:
     return wish
 
 
-def check(model: Any, documents: bool) -> None:
+def check(model: Any, documents: bool, context: bool = False) -> None:
     """What a ModelConfig rules out wherever it runs; the platform is known when it is traced.
 
     Raises:
@@ -93,5 +97,6 @@ def check(model: Any, documents: bool) -> None:
         soft_cap=model.attention_soft_cap is not None,
         sinks=model.attention_sinks,
         documents=documents,
+        context=context,
     )
     pick(model.attention_path, call)

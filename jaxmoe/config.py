@@ -76,7 +76,8 @@ class RouterConfig(_Strict):
     bias: bool = False  # a trained bias on the logits
     jitter: Fraction = 0.0  # its input times uniform(1 - jitter, 1 + jitter), in training only
     load_balance_coef: NonNegative = 0.01  # Switch Transformer, section 2.2, eq. 4
-    # What the auxiliary loss averages loads over; microbatch: the rows of one device. With
+    # What the auxiliary loss averages loads over; microbatch: the sequences of one device, or of
+    # those that share them over mesh.context, in one microbatch of a pipeline. With
     # train.accumulate = n only "sequence" is the big batch's loss: "global" then means the rows of
     # one of the n parts, "microbatch" those of one device in one part; parts weigh by their tokens.
     load_balance_scope: Literal["sequence", "microbatch", "global"] = "global"
@@ -110,6 +111,9 @@ class ModelConfig(_Strict):
     global_every: Natural = 0  # every so many layers one sees all positions; 0: none does
     # auto: the first of cudnn and splash that can do it, or chunked (attention_paths.py).
     attention_path: Literal["auto", "chunked", "cudnn", "splash"] = "auto"
+    # Where mesh.context shards the sequence: keys and values travel around its devices (ring), or
+    # all come to each (gather); auto: gather where they are few (kernels/ring.py).
+    context_attention: Literal["auto", "ring", "gather"] = "auto"
 
     # Feed-forward: n_experts = 1 is a dense model
     d_ff: Positive = 128  # F, of one expert
@@ -137,7 +141,7 @@ class ModelConfig(_Strict):
     z_loss_coef: NonNegative = 0.0001  # PaLM, section 5
     n_mtp: Natural = 0  # further tokens predicted (DeepSeek-V3, section 2.2)
     mtp_coef: NonNegative = 0.3  # of their mean loss
-    loss_chunk: Positive = 64  # positions of a sequence whose logits live at one time
+    loss_chunk: Positive = 64  # positions of a sequence on a device whose logits live at one time
 
     dtype: Literal["float32", "bfloat16"] = "float32"  # of compute; parameters rest in float32
     # Operands of the layers' matmuls with weights (kernels/low_precision.py).

@@ -9,9 +9,9 @@ def check(config: Config) -> None:
     """Rules that span fields. Device counts are checked where devices are known (mesh.py)."""
     m, mesh = config.model, config.mesh
     _check_attention(m)
-    attention_paths.check(m, config.data.document_mask)
+    attention_paths.check(m, config.data.document_mask, mesh.context > 1)
     _check_experts(m)
-    _divides("model.loss_chunk", m.loss_chunk, "train.seq_len", config.train.seq_len)
+    _check_length(config)
     t = config.train
     _divides("train.accumulate", t.accumulate, "train.batch_size", t.batch_size)
     if not m.is_dense:
@@ -21,14 +21,10 @@ def check(config: Config) -> None:
         if dim != "n_kv_heads" or m.n_kv_heads > 1:
             _divides("mesh.model", mesh.model, f"model.{dim}", getattr(m, dim))
     _require(
-        mesh.context == 1,
-        f"mesh.context={mesh.context}: this axis is laid out but not built yet; set it to 1",
-    )
-    _divides("mesh.stage", mesh.stage, "mesh.microbatches", mesh.microbatches)
-    _require(
         mesh.rounds == 1 or mesh.stage > 1,
         f"mesh.rounds={mesh.rounds} needs a pipeline: set mesh.stage to more than 1",
     )
+    _divides("mesh.stage", mesh.stage, "mesh.microbatches", mesh.microbatches)
     _require(mesh.data != 0, "mesh.data=0: give a size, or -1 for all devices that are left")
     _require(
         config.optim.name != "adafactor" or config.optim.moments == "float32",
@@ -39,6 +35,20 @@ def check(config: Config) -> None:
     _divides("eval.every", config.eval.every, "forecast.first", config.forecast.first)
     if config.data.tokenizer == "bytes":
         _require(m.vocab_size >= 257, f"model.vocab_size={m.vocab_size}: bytes need at least 257")
+
+
+def _check_length(config: Config) -> None:
+    """Of the sequences of training and of evaluation, which are equally long."""
+    length, c, chunk = config.train.seq_len, config.mesh.context, config.model.loss_chunk
+    if c == 1:
+        _divides("model.loss_chunk", chunk, "train.seq_len", length)
+        return
+    _require(
+        length % (2 * c) == 0,
+        f"train.seq_len={length} does not divide into the {2 * c} blocks of mesh.context={c}, two"
+        " a device",
+    )
+    _divides("model.loss_chunk", chunk, "train.seq_len / mesh.context", length // c)
 
 
 def _check_attention(m: ModelConfig) -> None:

@@ -34,20 +34,21 @@ BATCH = ("replica", "data", "expert", "stage")
 MeshAxes = tuple[str, ...]
 
 # How parameters rest: every large dim sharded. Dense weights shard their embed dim over `expert` as
-# well, since that axis holds other tokens but no part of them; experts' weights already use it.
+# well, since that axis holds other tokens but no part of them; experts' weights already use it. The
+# `context` axis, which holds other positions, is used likewise by both.
 STORE: dict[str, MeshAxes] = {
     "rounds": (),
     "layers": ("stage",),
     "others": (),  # layers outside of the pipeline
     "vocab": ("model",),
-    "embed": ("data", "expert"),
-    "expert_embed": ("data",),
+    "embed": ("data", "expert", "context"),
+    "expert_embed": ("data", "context"),
     "out_embed": (),  # of a matrix whose other dim is `embed`
     "heads": ("model",),
     "one_head": (),  # multi-query: the only key/value head is kept by all
     "head": (),
     "latent": (),  # of MLA, where it is made
-    "latent_in": ("data", "expert"),  # and where it is used
+    "latent_in": ("data", "expert", "context"),  # and where it is used
     "ff": ("model",),
     "experts": ("expert",),
     "norm": (),
@@ -229,8 +230,8 @@ def in_parts(rows: Any, parts: int) -> Any:
 
 
 def tokens(*rest: str | None) -> P:
-    """The PartitionSpec of an activation [B, L, *rest]."""
-    return P(batch(), None, *rest)
+    """The PartitionSpec of an activation [B, L, *rest], L as in context.py."""
+    return P(batch(), "context", *rest)
 
 
 def to_stream(x_BLD: jax.Array) -> jax.Array:
@@ -282,8 +283,9 @@ def concrete(abstract_tree: Any, mesh: Mesh) -> Any:
 
 
 def _stream(length: int) -> P:
-    ways = jax.sharding.get_abstract_mesh().shape["model"]
-    return P(batch(), "model" if ways > 1 and length % ways == 0 else None, None)
+    shape = jax.sharding.get_abstract_mesh().shape
+    divides = shape["model"] > 1 and length % (shape["context"] * shape["model"]) == 0
+    return P(batch(), ("context", "model") if divides else "context", None)
 
 
 def _entry(axes: MeshAxes) -> str | MeshAxes | None:

@@ -23,6 +23,8 @@ def on(**axes: int) -> Mesh:
 
 # A batch as the model is given it: its first dim over the axes that share a batch.
 ROWS = P(mesh.BATCH)
+# An activation, or integers that a layer is given; positions are in natural order on one shard.
+TOKENS = P(mesh.BATCH, "context")
 
 
 def put_params(where: Mesh, params: Any, specs: Any) -> Any:

@@ -66,6 +66,7 @@ MODEL = ModelConfig(
     sliding_window=5,
     global_every=2,
     attention_path="chunked",
+    context_attention="ring",
     n_shared_experts=1,
     first_dense=1,
     moe_every=2,
@@ -312,8 +313,24 @@ def test_unknown_json_key_names_the_nearest() -> None:
             with_router(top_k_groups=1),
             r"model\.top_k=4 is more than the 3 experts of model\.router\.top_k_groups=1 groups",
         ),
-        (replace(CONFIG, mesh=MeshConfig(stage=2)), r"mesh\.stage=2.*not built yet"),
-        (replace(CONFIG, mesh=MeshConfig(context=2)), r"mesh\.context=2.*not built yet"),
+        (replace(CONFIG, mesh=MeshConfig(rounds=2)), r"mesh\.rounds=2 needs a pipeline"),
+        (
+            replace(CONFIG, mesh=MeshConfig(stage=4, microbatches=6)),
+            r"mesh\.stage=4 does not divide mesh\.microbatches=6",
+        ),
+        # Sequences of 24 tokens, and 8 of them at a time
+        (
+            replace(CONFIG, mesh=MeshConfig(context=8)),
+            r"seq_len=24 does not divide into the 16 blocks of mesh\.context=8, two a device",
+        ),
+        (
+            replace(CONFIG, mesh=MeshConfig(context=2)),
+            r"loss_chunk=8 does not divide train\.seq_len / mesh\.context=12",
+        ),
+        (
+            replace(with_model(attention_path="splash"), mesh=MeshConfig(context=3)),
+            r"attention_path=splash: it knows whole sequences only, and mesh\.context shards them",
+        ),
         (replace(CONFIG, mesh=MeshConfig(data=0)), r"mesh\.data=0"),
         (replace(CONFIG, forecast=ForecastConfig(first=9, every=4)), r"forecast\.every=4"),
         (replace(CONFIG, forecast=ForecastConfig(first=8, every=6)), r"forecast\.first=8"),
@@ -334,6 +351,8 @@ def test_what_the_rules_allow() -> None:
     check(with_model(attention_path="splash"))  # whether this is a TPU is not asked here
     plain = {"attention_soft_cap": None, "attention_sinks": False}
     check(with_model(attention_path="cudnn", **plain))
+    check(replace(with_model(attention_path="chunked"), mesh=MeshConfig(context=3)))
+    check(replace(with_model(loss_chunk=4), mesh=MeshConfig(context=2)))
     check(with_model(d_ff_dense=0))
     check(with_model(sliding_window=None, global_every=0))
     check(with_model(rope=RopeConfig(scaling="linear", factor=2.0)))

@@ -76,21 +76,22 @@ def test_no_dim_of_a_parameter_uses_an_axis_twice_nor_the_batchs_in_compute() ->
         compute = {axis for dim in spec.axes if dim != "layers" for axis in COMPUTE[dim]}
         # Each batch shard must see the whole weight; only experts stay apart, where tokens travel,
         # and gather what they need by themselves.
-        assert not compute & {"replica", "stage", "context"}, spec
+        assert not compute & {"replica", "stage"}, spec
         assert "expert" not in compute or "experts" in spec.axes
-        assert "data" not in compute or "expert_embed" in spec.axes
+        assert not compute & {"data", "context"} or "expert_embed" in spec.axes
 
 
 def test_partition() -> None:
     specs = lm_specs(MODEL)
-    assert mesh_lib.partition(specs.head_DV, STORE) == P(("data", "expert"), "model")
+    assert mesh_lib.partition(specs.head_DV, STORE) == P(("data", "expert", "context"), "model")
     assert mesh_lib.partition(specs.head_DV, COMPUTE) == P(None, "model")
-    assert mesh_lib.partition(specs.embed_VD, STORE) == P("model", ("data", "expert"))
+    assert mesh_lib.partition(specs.embed_VD, STORE) == P("model", ("data", "expert", "context"))
     gate = specs.layers[0][0].ffn.experts.wgate_EDF
-    assert mesh_lib.partition(gate, STORE) == P("stage", "expert", "data", "model")
-    assert mesh_lib.partition(gate, COMPUTE) == P("stage", "expert", "data", "model")
+    fsdp = ("data", "expert", "context")
+    assert mesh_lib.partition(gate, STORE) == P("stage", "expert", ("data", "context"), "model")
+    assert mesh_lib.partition(gate, COMPUTE) == mesh_lib.partition(gate, STORE)
     query = specs.layers[0][0].attention.wq_DNH
-    assert mesh_lib.partition(query, STORE) == P("stage", ("data", "expert"), "model", None)
+    assert mesh_lib.partition(query, STORE) == P("stage", fsdp, "model", None)
     assert mesh_lib.partition(query, COMPUTE) == P("stage", None, "model", None)
 
 

@@ -82,7 +82,7 @@ def test_a_moment_that_moves_by_less_than_a_code_moves(kind: Any) -> None:
 
 
 def test_vectors_and_what_has_a_vocabulary_stay_in_float32() -> None:
-    state = kept(optax.scale_by_adam(), "int8", SPECS).init(draw(0))
+    state: Any = kept(optax.scale_by_adam(), "int8", SPECS).init(draw(0))
     mu, nu = state.inner.mu, state.inner.nu
     assert {n for n in SPECS if hasattr(mu[n], "codes")} == {"experts", "heads"}
     assert mu["heads"].codes.dtype == jnp.int8 and nu["heads"].codes.dtype == jnp.uint8

@@ -31,7 +31,7 @@ FLOORS = {
         ),
         "forecast",
     ),
-    1: ("mesh",),
+    1: ("context", "mesh"),
     2: ("kernels", "model"),
     3: ("optim", "adafactor", "moments", "data"),
     4: ("run",),

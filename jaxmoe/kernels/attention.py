@@ -4,16 +4,18 @@ One interface over cuDNN and splash (kernels/fused.py) and, for all else, plain 
 queries over the keys that they see, or for long sequences an online softmax (kernels/online.py).
 """
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxmoe import attention_paths
+from jaxmoe import attention_paths, context
 from jaxmoe.attention_paths import Call
-from jaxmoe.kernels import fused
+from jaxmoe.kernels import fused, ring
 from jaxmoe.kernels.chunked import CHUNK, chunked_attention
 from jaxmoe.kernels.online import online_attention
+from jaxmoe.kernels.ring import ring_attention
 from jaxmoe.mesh import platform, vary_alike
 
 Array = jax.Array
@@ -73,6 +75,37 @@ def causal_attention(
     return _matmuls(q, k, v, ids, sinks_N, **options)
 
 
+def context_attention(
+    q_blnH: Array,
+    k_blkH: Array,
+    v_blkU: Array,
+    documents_bl: Array | None = None,
+    sinks_n: Array | None = None,
+    *,
+    wish: str = "auto",
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> Array:
+    """As `causal_attention`, where each shard of the `context` axis has its part of the positions
+    (context.py); inside of a shard_map.
+
+    Args:
+        wish: `model.context_attention`.
+    """
+    q, k, v, ids, sinks = _alike((q_blnH, k_blkH, v_blkU, documents_bl, sinks_n))
+    c = jax.lax.axis_size(context.AXIS)
+    way = ring.pick(
+        wish,
+        c,
+        window,
+        heads=(q.shape[2], k.shape[2]),
+        length=k.shape[1],
+        bytes_=c * (k.size + v.size) * (k.dtype.itemsize + 4),
+    )
+    return _matmuls(q, k, v, ids, sinks, scale=scale, way=way, window=window, soft_cap=soft_cap)
+
+
 def pick(
     wish: str, q: Array, v: Array, soft_cap: float | None, *, documents: bool, sinks: bool
 ) -> str:
@@ -88,6 +121,7 @@ def pick(
         soft_cap=soft_cap is not None,
         sinks=sinks,
         documents=documents,
+        context=context.shards() > 1,
         hopper=_hopper(),
     )
     return attention_paths.pick(wish, call)
@@ -113,33 +147,36 @@ def _alike(arrays: Any) -> Any:
 
 
 def _matmuls(
-    q_BLNH: Array,
-    k_BMKH: Array,
-    v_BMKU: Array,
-    documents_BL: Array | None,
-    sinks_N: Array | None,
+    q_blnH: Array,
+    k_bmkH: Array,
+    v_bmkU: Array,
+    documents_bl: Array | None,
+    sinks_n: Array | None,
     *,
     scale: float,
+    way: str | None = None,
     **masks: Any,
 ) -> Array:
     """One batch dim Z = B * K and two matrix dims: the only layout that XLA CPU hands to a fast
-    matmul. The heads of a group, G = N / K, share keys and values."""
-    b, length, n, _ = q_BLNH.shape
-    k = k_BMKH.shape[2]
-    q_BLKGH = (q_BLNH * scale).reshape(b, length, k, n // k, -1)
-    q_ZLGH = _heads_first(q_BLKGH).reshape(b * k, length, n // k, -1)
-    k_ZMH = _heads_first(k_BMKH).reshape(b * k, length, -1)
-    v_ZMU = _heads_first(v_BMKU).reshape(b * k, length, -1)
-    documents_ZL = None if documents_BL is None else jnp.repeat(documents_BL, k, axis=0)
-    sinks_ZG = None if sinks_N is None else jnp.tile(sinks_N.reshape(k, n // k), (b, 1))
-    if length <= LONG:
-        o_ZLGU = chunked_attention(q_ZLGH, k_ZMH, v_ZMU, documents_ZL, sinks_ZG, **masks)
+    matmul. The heads of a group, G = N / K, share keys and values. `way`: of ring.py, where the
+    sequence is sharded."""
+    b, length, n, _ = q_blnH.shape
+    k = k_bmkH.shape[2]
+    q_blkGH = (q_blnH * scale).reshape(b, length, k, n // k, -1)
+    q_ZlGH = _heads_first(q_blkGH).reshape(b * k, length, n // k, -1)
+    k_ZmH = _heads_first(k_bmkH).reshape(b * k, length, -1)
+    v_ZmU = _heads_first(v_bmkU).reshape(b * k, length, -1)
+    documents_Zl = None if documents_bl is None else jnp.repeat(documents_bl, k, axis=0)
+    sinks_ZG = None if sinks_n is None else jnp.tile(sinks_n.reshape(k, n // k), (b, 1))
+    if way is None and length <= LONG:
+        o_ZlGU = chunked_attention(q_ZlGH, k_ZmH, v_ZmU, documents_Zl, sinks_ZG, **masks)
     else:
-        q_ZGLH = jnp.moveaxis(q_ZLGH, 1, 2)
-        o_ZGLU = online_attention(q_ZGLH, k_ZMH, v_ZMU, documents_ZL, sinks_ZG, **masks)
-        o_ZLGU = jnp.moveaxis(o_ZGLU, 1, 2)
-    o_BKLGU = o_ZLGU.reshape(b, k, length, n // k, -1)
-    return _heads_first(o_BKLGU).reshape(b, length, n, -1)
+        attend = online_attention if way is None else partial(ring_attention, way=way)
+        q_ZGlH = jnp.moveaxis(q_ZlGH, 1, 2)
+        o_ZGlU = attend(q_ZGlH, k_ZmH, v_ZmU, documents_Zl, sinks_ZG, **masks)
+        o_ZlGU = jnp.moveaxis(o_ZGlU, 1, 2)
+    o_bklGU = o_ZlGU.reshape(b, k, length, n // k, -1)
+    return _heads_first(o_bklGU).reshape(b, length, n, -1)
 
 
 def _heads_first(x: Array) -> Array:

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 Array = jax.Array
 
@@ -44,7 +46,7 @@ def cross_entropy(
         head_DV: output matrix, compute dtype; V may be sharded.
         targets_BL: int32 token ids.
         weights_BL: float32; 0 leaves a position out.
-        chunk: positions of each sequence handled at a time; divides L.
+        chunk: positions of each sequence handled at a time by a device; divides its part of L.
         z_coef: weight of the z-loss.
         soft_cap: logits become cap * tanh(logit / cap) (Gemma 2, arXiv:2408.00118).
     """
@@ -112,7 +114,7 @@ def _forward(
     (nll, z, dhead_DV), dx_nBlD = jax.lax.scan(
         step, zero, _chunks(options.chunk, x_BLD, targets_BL, weights_BL)
     )
-    dx_BLD = jnp.moveaxis(dx_nBlD, 0, 1).reshape(x_BLD.shape)
+    dx_BLD = _whole(dx_nBlD, options.chunk, like=x_BLD)
     return (nll + options.z_coef * z, (nll, z)), (dx_BLD, dhead_DV.astype(head_DV.dtype))
 
 
@@ -132,13 +134,46 @@ _sums.defvjp(_forward, _backward)
 
 
 def _chunks(chunk: int, *arrays: Array) -> tuple[Array, ...]:
-    """[B, L, ...] -> [L / chunk, B, chunk, ...]: what a scan walks over."""
+    """[B, L, ...] -> [L / (c * chunk), B, c * chunk, ...]: what a scan walks over. A chunk has
+    positions of each of the c shards of L, so that all are busy and nothing moves."""
 
     def split(a: Array) -> Array:
-        n = a.shape[1] // chunk
-        return jnp.moveaxis(a.reshape(a.shape[0], n, chunk, *a.shape[2:]), 1, 0)
+        b, length, *rest = a.shape
+        rows, over, *others = _spec(a)
+        c = length // _local(a)
+        out = _on(a, rows, over, None, None, *others)
+        parts = a.reshape(b, c, -1, chunk, *rest, out_sharding=out)
+        parts = jnp.moveaxis(parts, 2, 0)
+        out = _on(a, None, rows, over, *others)
+        return parts.reshape(-1, b, c * chunk, *rest, out_sharding=out)
 
     return tuple(split(a) for a in arrays)
+
+
+def _whole(a_nBlD: Array, chunk: int, like: Array) -> Array:
+    """The way back of `_chunks`, to the shape and sharding of `like`."""
+    n, b, positions, width = a_nBlD.shape
+    rows, over, last = _spec(like)
+    out = _on(like, None, rows, over, None, last)
+    parts = a_nBlD.reshape(n, b, positions // chunk, chunk, width, out_sharding=out)
+    return jnp.moveaxis(parts, 0, 2).reshape(like.shape, out_sharding=_on(like, rows, over, last))
+
+
+def _spec(a: Array) -> tuple[Any, ...]:
+    """The mesh axes of each dim."""
+    spec = tuple(jax.typeof(a).sharding.spec)
+    return spec + (None,) * (a.ndim - len(spec))
+
+
+def _local(a: Array) -> int:
+    """Positions of L on one device."""
+    return jax.typeof(a).sharding.shard_shape(a.shape)[1]
+
+
+def _on(a: Array, *spec: Any) -> NamedSharding | None:
+    """`spec` on the mesh of `a`; None where it has none."""
+    mesh = jax.typeof(a).sharding.mesh
+    return None if mesh.empty else NamedSharding(mesh, P(*spec))
 
 
 def _chunk_sums(

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec as P
 
+from jaxmoe import context
 from jaxmoe.config import MlaConfig, ModelConfig
-from jaxmoe.kernels.attention import causal_attention, checks_vma, pick
+from jaxmoe.kernels.attention import causal_attention, checks_vma, context_attention, pick
 from jaxmoe.kernels.low_precision import einsum
 from jaxmoe.mesh import tokens
 from jaxmoe.model.norm import rms_norm, rms_norm_specs
@@ -25,7 +26,7 @@ Array = jax.Array
 
 @struct.dataclass
 class Places:
-    """Where the tokens of a batch are."""
+    """Where the tokens of a batch are; L in the order of context.py."""
 
     turns: Turns  # of RoPE; b = B, or 1 for the same positions in every row
     documents_BL: Array | None = None  # int32, 0 for padding; None: each row is one document
@@ -78,7 +79,12 @@ def attention(
         cap = cfg.attention_soft_cap
         masked = places.documents_BL is not None
         path = pick(cfg.attention_path, q_BLNH, v, cap, documents=masked, sinks=cfg.attention_sinks)
-        local = partial(_attend, scale=scale, window=window, soft_cap=cap, path=path)
+        options = {"scale": scale, "window": window, "soft_cap": cap}
+        if context.shards() > 1:
+            attend = partial(context_attention, wish=cfg.context_attention, **options)
+        else:
+            attend = partial(causal_attention, path=path, **options)
+        local = partial(_attend, attend)
         heads = tokens("model", None)
         inputs = (q_BLNH, k, v, places.documents_BL, params.sinks_N)
         specs = (heads, _kv_spec(k), _kv_spec(v), tokens(), P("model"))
@@ -92,14 +98,14 @@ def attention(
 
 
 def _attend(
-    q_blnH: Array, k: Any, v_blkU: Array, documents_bl: Any, sinks_n: Any, **options: Any
+    attend: Any, q_blnH: Array, k: Any, v_blkU: Array, documents_bl: Any, sinks_n: Any
 ) -> Array:
     """On one shard. MLA's keys come in two parts, of which the rotary one is for all heads."""
     if isinstance(k, tuple):
         k_blnI, k_bl1W = k
         k_blnW = jnp.broadcast_to(k_bl1W, (*k_blnI.shape[:3], k_bl1W.shape[-1]))
         k = jnp.concatenate([k_blnI, k_blnW], axis=-1)
-    return causal_attention(q_blnH, k, v_blkU, documents_bl, sinks_n, **options)
+    return attend(q_blnH, k, v_blkU, documents_bl, sinks_n)
 
 
 def _kv_spec(x: Any) -> Any:

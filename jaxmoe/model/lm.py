@@ -10,6 +10,7 @@ from flax import struct
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import MeshConfig, ModelConfig
+from jaxmoe.context import collected, spread
 from jaxmoe.kernels.cross_entropy import LossSums, cross_entropy, soft_capped
 from jaxmoe.mesh import from_stream, gather, to_stream, tokens
 from jaxmoe.model.attention import Places
@@ -103,6 +104,7 @@ def lm_loss(
     what the optimiser minimises; `nll` is of the next token alone.
 
     Args:
+        tokens_BL, targets_BL, weights_BL: in natural order, not sharded over `context`; likewise
         documents_BL: int32, rising in a row; attention stays in a document and its positions start
             at zero; 0 is padding. None: each row is one document.
         key: for the router's jitter; None: there is none (evaluation).
@@ -118,8 +120,8 @@ def lm_loss(
         return cross_entropy(
             x_BLD,
             head_DV,
-            targets_BL,
-            weights_BL,
+            spread(targets_BL),
+            spread(weights_BL),
             chunk=cfg.loss_chunk,
             z_coef=cfg.z_loss_coef,
             soft_cap=cfg.logit_soft_cap,
@@ -175,7 +177,8 @@ def hidden(
     key: Array | None = None,
     layout: MeshConfig | None = None,
 ) -> tuple[Array, Stats]:
-    """Final normalised hidden states x_BLD in the compute dtype, and router sums by segment."""
+    """Final normalised hidden states x_BLD in the compute dtype, spread as context.py says, and
+    router sums by segment. tokens_BL in natural order."""
     x_BLD = _embed(params, tokens_BL, cfg)
     x_BLD, stats = run_layers(params.layers, x_BLD, places, cfg, key, layout)
     return from_stream(rms_norm(params.final_norm_D, x_BLD, cfg.norm_eps)), stats
@@ -186,7 +189,7 @@ def lm_logits(
 ) -> Array:
     """float32 logits_BLV of the next token; all of them at one time, so for short texts only."""
     x_BLD, _ = hidden(params, tokens_BL, make_places(tokens_BL, documents_BL, cfg), cfg)
-    return _logits(params, x_BLD, cfg)
+    return _logits(params, collected(x_BLD), cfg)
 
 
 def mtp_logits(params: Lm, tokens_BL: Array, cfg: ModelConfig) -> list[Array]:
@@ -196,7 +199,7 @@ def mtp_logits(params: Lm, tokens_BL: Array, cfg: ModelConfig) -> list[Array]:
     found = []
     for k, module in enumerate(params.mtp, start=1):
         x_BLD, _ = _mtp(module, params, x_BLD, _ahead(tokens_BL, k), places, cfg)
-        found.append(_logits(params, x_BLD, cfg)[:, :-k])
+        found.append(_logits(params, collected(x_BLD), cfg)[:, :-k])
     return found
 
 
@@ -227,8 +230,10 @@ def move_balance_bias(params: Lm, stats: LmStats, cfg: ModelConfig) -> Lm:
 
 
 def make_places(tokens_BL: Array, documents_BL: Array | None, cfg: ModelConfig) -> Places:
-    turns = make_turns(positions(tokens_BL, documents_BL), cfg.rope, cfg.rotary_width)
-    return Places(turns=turns, documents_BL=documents_BL)
+    """Of tokens and documents in natural order."""
+    positions_bL = spread(positions(tokens_BL, documents_BL))
+    turns = make_turns(positions_bL, cfg.rope, cfg.rotary_width)
+    return Places(turns=turns, documents_BL=None if documents_BL is None else spread(documents_BL))
 
 
 def positions(tokens_BL: Array, documents_BL: Array | None) -> Array:
@@ -261,7 +266,7 @@ def look_up(embed_VD: Array, tokens_BL: Array) -> Array:
 def _embed(params: Lm, tokens_BL: Array, cfg: ModelConfig) -> Array:
     embed_VD = gather(params.embed_VD, lm_specs(cfg).embed_VD, jnp.dtype(cfg.dtype))
     with jax.named_scope("embed"):
-        return to_stream(look_up(embed_VD, tokens_BL))
+        return to_stream(look_up(embed_VD, spread(tokens_BL)))
 
 
 def _head(params: Lm, cfg: ModelConfig) -> Array:

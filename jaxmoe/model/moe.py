@@ -103,8 +103,9 @@ def _row_axes(x_tD: Array) -> tuple[str, ...]:
 
 
 def _order_spec() -> dispatch.Order:
-    """Of a shard's `Order`; each shard of the batch has its own."""
-    return dispatch.Order(choice_S=P(batch()), place_tA=P(batch(), None), load_E=P(batch()))
+    """Of a shard's `Order`; each shard of the batch and of the context has its own."""
+    rows = P((*batch(), "context"))
+    return dispatch.Order(choice_S=rows, place_tA=P(*rows, None), load_E=rows)
 
 
 def _apply_experts(

@@ -9,6 +9,7 @@ from flax import struct
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import ModelConfig, RouterConfig
+from jaxmoe.context import spread
 from jaxmoe.mesh import batch
 from jaxmoe.spec import Spec
 
@@ -116,18 +117,18 @@ def balanced(params: Router, load: Array, rate: float) -> Router:
 
 
 def _jittered(x_BLD: Array, jitter: float, key: Array | None) -> Array:
-    """Switch Transformer, section 2.4: the same noise on every layout."""
+    """Switch Transformer, section 2.4: the same noise on every layout, hence drawn by position."""
     if not jitter or key is None:
         return x_BLD
-    noise_BLD = jax.random.uniform(
-        key,
-        x_BLD.shape,
-        jnp.float32,
-        1 - jitter,
-        1 + jitter,
-        out_sharding=jax.typeof(x_BLD).sharding,
-    )
-    return x_BLD * noise_BLD
+    b, length, width = x_BLD.shape
+    places = jnp.arange(b * length, dtype=jnp.int32).reshape(b, length)
+    places_BL = jax.reshard(spread(places), P(batch(), "context"))
+
+    def draw(place: Array) -> Array:
+        own = jax.random.fold_in(key, place)
+        return jax.random.uniform(own, (width,), jnp.float32, 1 - jitter, 1 + jitter)
+
+    return x_BLD * jax.vmap(jax.vmap(draw))(places_BL)
 
 
 def _scores(logits_BLE: Array, r: RouterConfig) -> tuple[Array, Array]:
@@ -176,8 +177,10 @@ def _sums(
     z_BL = jax.nn.logsumexp(logits_BLE, axis=-1) ** 2
     valid_BL = jnp.ones_like(z_BL) if valid_BL is None else valid_BL.astype(jnp.float32)
     rows_B = valid_BL.sum(1)
-    load_BE = jnp.einsum("BLE,BL->BE", chosen_BLE, valid_BL)
-    probs_BE = jnp.einsum("BLE,BL->BE", probs_BLE, valid_BL)
+    # Over the whole sequence, whose positions may be on several devices.
+    of_rows = P(batch(), None)
+    load_BE = jnp.einsum("BLE,BL->BE", chosen_BLE, valid_BL, out_sharding=of_rows)
+    probs_BE = jnp.einsum("BLE,BL->BE", probs_BLE, valid_BL, out_sharding=of_rows)
     bias_E = params.balance_bias_E
     return RouterSums(
         load_E=load_BE.sum(0),

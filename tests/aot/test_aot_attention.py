@@ -50,7 +50,7 @@ def compiled(
         dtype = jnp.bfloat16 if spec.cast else jnp.float32
         return shaped(spec.shape, dtype, mesh_lib.partition(spec, mesh_lib.COMPUTE))
 
-    rows = P(mesh_lib.BATCH)
+    rows = P(mesh_lib.BATCH, "context")
     x = shaped((B, length, D), jnp.bfloat16, rows)
     documents_BL = shaped((B, length), jnp.int32, rows) if documents else None
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from attention_cases import SCALE, draw, features_equal_the_plain_einsum, packed
-from meshes import ROWS, on, put, put_params
+from meshes import TOKENS, on, put, put_params
 from reference import assert_close
 
 from jaxmoe import attention_paths
@@ -37,6 +37,7 @@ ONLINE = {
     "window 1": (2 * BLOCK + 3, {"window": 1}, {}),
     "window of a block": (4 * BLOCK, {"window": BLOCK}, {"n": 4, "k": 4}),
     "window of a block and one": (4 * BLOCK + 3, {"window": BLOCK + 1}, {"n": 2, "k": 1}),
+    "window of a block and two": (4 * BLOCK, {"window": BLOCK + 2}, {"n": 2, "k": 1}),
     "documents": (5 * BLOCK + 3, {"documents": True}, {}),
     "sinks": (2 * BLOCK + 3, {"sinks": True}, {"n": 4, "k": 4, "u": 6}),
     "everything": (
@@ -186,7 +187,7 @@ def gradients(path: str, monkeypatch: pytest.MonkeyPatch, **axes: int) -> Any:
         return y, pull(ct)
 
     with jax.set_mesh(where):
-        inputs = put(where, (x, packed(batch, length), ct), (ROWS, ROWS, ROWS))
+        inputs = put(where, (x, packed(batch, length), ct), TOKENS)
         return jax.jit(run)(put_params(where, params, specs), *inputs)
 
 
@@ -216,6 +217,7 @@ RULES = {
     "soft cap": (replace(PLAIN, soft_cap=True), "no model.attention_soft_cap"),
     "sinks": (replace(PLAIN, sinks=True), "nothing of model.attention_sinks"),
     "documents": (replace(PLAIN, documents=True), "data.document_mask"),
+    "context": (replace(PLAIN, context=True), "whole sequences only, and mesh.context shards"),
     "another GPU": (replace(PLAIN, platform="an AMD GPU"), "needs a GPU, and this is an AMD GPU"),
     "cpu": (replace(PLAIN, platform="cpu"), "needs a GPU, and this is cpu"),
     "tpu": (

@@ -160,3 +160,20 @@ def test_the_number_of_processes_is_asked_for(text_cache: Path):
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "not 'two'" in done.stderr
+
+
+def test_sequences_spread_over_both_processes_give_the_same_losses(
+    folder: Path, text_cache: Path, straight: Path
+):
+    """Keys travel from process to process; the batch is read whole by both."""
+    run_dir = folder / "context"
+    mesh = {"data": 1, "context": 4, "expert": 2, "model": 1}
+    sets = [f"mesh.{axis}={size}" for axis, size in mesh.items()]
+    sets += ["model.loss_chunk=3", "model.context_attention=ring"]
+    finish(local(2, run_dir, *(word for text in sets for word in ("--set", text))), text_cache)
+    names = "train/nll", "train/grad_norm"
+    for name in names:
+        mine, theirs = ([row[name] for row in metrics(run)] for run in (run_dir, straight))
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, err_msg=name)
+    last = [lines(run / "evals.jsonl")[-1]["nll"] for run in (run_dir, straight)]
+    np.testing.assert_allclose(last[0], last[1], rtol=1e-5)

@@ -8,10 +8,12 @@ import jax
 import numpy as np
 import pytest
 import reference
+from jax.sharding import Mesh
 from meshes import on, put, put_params
 
 from jaxmoe import spec as spec_lib
 from jaxmoe.config import MlaConfig, ModelConfig, RouterConfig, replace
+from jaxmoe.context import spread
 from jaxmoe.kernels import exchange
 from jaxmoe.model.attention import attention, attention_specs
 from jaxmoe.model.lm import hidden, lm_loss, lm_specs, make_places, positions
@@ -56,29 +58,33 @@ def seen(window: int | None = None, documents: np.ndarray | None = None) -> np.n
 
 
 def gradient_of_attention(
-    cfg: ModelConfig, window: int | None, documents: np.ndarray | None
+    cfg: ModelConfig, window: int | None, documents: np.ndarray | None, mesh: Mesh
 ) -> Callable[[np.ndarray], np.ndarray]:
     specs = attention_specs(cfg)
-    params = put_params(on(), draw(specs), specs)
-    x = put(on(), jax.random.normal(jax.random.key(1), (B, L, cfg.d_model)))
-    tokens = put(on(), np.zeros((B, L), np.int32))
-    places = make_places(tokens, None if documents is None else put(on(), documents), cfg)
-    pull = jax.jit(jax.grad(lambda x, ct: (attention(params, x, places, cfg, window) * ct).sum()))
+    params = put_params(mesh, draw(specs), specs)
+    x = put(mesh, jax.random.normal(jax.random.key(1), (B, L, cfg.d_model)))
+    tokens = put(mesh, np.zeros((B, L), np.int32))
+    places = make_places(tokens, None if documents is None else put(mesh, documents), cfg)
+
+    def f(x: Any, ct: Any) -> Any:
+        return (attention(params, spread(x), places, cfg, window) * spread(ct)).sum()
+
+    pull = jax.jit(jax.grad(f))
     return lambda ct: np.asarray(pull(x, ct))
 
 
 def gradient_of_model(
-    cfg: ModelConfig, _: None, documents: np.ndarray | None
+    cfg: ModelConfig, _: None, documents: np.ndarray | None, mesh: Mesh
 ) -> Callable[[np.ndarray], np.ndarray]:
     """By rows of the embedding table: every position's token is a different one."""
     params = draw(lm_specs(cfg))
     tokens = np.random.default_rng(0).permutation(cfg.vocab_size)[: B * L].reshape(B, L)
-    placed = put(on(), tokens.astype(np.int32))
-    places = make_places(placed, None if documents is None else put(on(), documents), cfg)
+    placed = put(mesh, tokens.astype(np.int32))
+    places = make_places(placed, None if documents is None else put(mesh, documents), cfg)
 
     def f(embed: Any, ct: Any) -> Any:
         x_BLD, _ = hidden(params.replace(embed_VD=embed), placed, places, cfg)
-        return (x_BLD * ct).sum()
+        return (x_BLD * spread(ct)).sum()
 
     pull = jax.jit(jax.grad(f))
     return lambda ct: np.asarray(pull(params.embed_VD, ct))[tokens]
@@ -94,15 +100,22 @@ CASES: dict[str, tuple[Any, ModelConfig, int | None, np.ndarray | None]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_no_gradient_from_what_is_not_seen(name: str) -> None:
+# Of two positions a block: three devices hold 0 1 and 10 11, 2 3 and 8 9, 4 to 7.
+CONTEXT = {"context": 3}
+ON_SHARDS = ("attention", "latent attention, window and documents", "model, documents")
+
+
+@pytest.mark.parametrize(
+    ("name", "axes"), [*((n, {}) for n in CASES), *((n, CONTEXT) for n in ON_SHARDS)]
+)
+def test_no_gradient_from_what_is_not_seen(name: str, axes: dict[str, int]) -> None:
     """d(output at i) / d(input at j) is exactly zero for j that i does not see, and for no other:
     the future, what lies outside the window (whose edge is exact), and other documents."""
     gradient, cfg, window, documents = CASES[name]
     wanted = seen(window, documents)
-    mesh = on()
+    mesh = on(**axes)
     with jax.set_mesh(mesh):
-        pull = gradient(cfg, window, documents)
+        pull = gradient(replace(cfg, context_attention="ring"), window, documents, mesh)
         for i in range(L):
             ct = np.zeros((B, L, cfg.d_model), np.float32)
             ct[0, i] = np.random.default_rng(i).normal(size=cfg.d_model)
@@ -117,7 +130,7 @@ def test_windows_add_up_over_layers_and_end_exactly() -> None:
     """Three layers of a window of 3 reach 6 positions back, and no further."""
     mesh = on()
     with jax.set_mesh(mesh):
-        pull = gradient_of_model(replace(CFG, sliding_window=3), None, None)
+        pull = gradient_of_model(replace(CFG, sliding_window=3), None, None, mesh)
         ct = np.zeros((B, L, CFG.d_model), np.float32)
         ct[0, 10] = np.random.default_rng(0).normal(size=CFG.d_model)
         size = np.abs(pull(put(mesh, ct))[0]).max(-1)
@@ -136,8 +149,10 @@ def test_positions_restart_in_each_document() -> None:
         np.testing.assert_array_equal(positions(tokens, None), np.arange(L)[None])
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_the_loss_at_a_position_is_of_what_comes_before_its_target(packed: bool) -> None:
+@pytest.mark.parametrize(("packed", "axes"), [(False, {}), (True, {}), (True, CONTEXT)])
+def test_the_loss_at_a_position_is_of_what_comes_before_its_target(
+    packed: bool, axes: dict[str, int]
+) -> None:
     """Through the MTP modules too, which see tokens ahead of their position but not of their
     target: with weight on target j alone, only tokens 0 .. j of its document have a gradient.
     Without auxiliary losses, which are over all tokens."""
@@ -146,7 +161,7 @@ def test_the_loss_at_a_position_is_of_what_comes_before_its_target(packed: bool)
     tokens = np.random.default_rng(0).permutation(29)[: B * (L + 1)].reshape(B, L + 1) + 1
     documents = DOCUMENTS if packed else None
     wanted = seen(None, documents)[0]
-    mesh = on()
+    mesh = on(**axes)
     with jax.set_mesh(mesh):
         inputs, targets = put(
             mesh, (tokens[:, :-1].astype(np.int32), tokens[:, 1:].astype(np.int32))

@@ -76,6 +76,7 @@ MESHES: dict[str, dict[str, int]] = {
     "replica8": {"replica": 8},
     "stage8": {"stage": 8},
     "data8": {"data": 8},
+    "context8": {"context": 8},
     "expert8": {"expert": 8},
     "model8": {"model": 8},
     "stage4_rounds2_model2": {"stage": 4, "rounds": 2, "model": 2},
@@ -85,11 +86,15 @@ MESHES: dict[str, dict[str, int]] = {
     "replica2_stage2_expert2": {"replica": 2, "stage": 2, "expert": 2},
     "data2_expert2_model2": {"data": 2, "expert": 2, "model": 2},
     "replica2_expert2_model2": {"replica": 2, "expert": 2, "model": 2},
+    "data2_context2_model2": {"data": 2, "context": 2, "model": 2},
+    "context4_expert2": {"context": 4, "expert": 2},
+    "stage2_context2_expert2": {"stage": 2, "context": 2, "expert": 2},
+    "replica2_stage2_context2": {"replica": 2, "stage": 2, "context": 2},
 }
 BY_DEFAULT = {
     ("mixtral", "stage2_rounds2_expert2_model2"),
     ("deepseek", "replica2_stage2_expert2"),
-    ("gpt4", "stage2_data2_model2"),
+    ("gpt4", "stage2_context2_expert2"),
 }
 CASES = [
     pytest.param(m, on, marks=() if (m, on) in BY_DEFAULT else pytest.mark.slow)
@@ -120,7 +125,8 @@ def found(model: str, name: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
 
     def loss(params: Any, *arrays: Any) -> Any:
         documents = arrays[3] if len(arrays) > 3 else None
-        sums, stats = lm_loss(params, *arrays[:3], cfg, documents, layout=layout)
+        tokens, targets, weights = arrays[:3]
+        sums, stats = lm_loss(params, tokens, targets, weights, cfg, documents, layout=layout)
         return sums.total / sums.weight, stats.router
 
     with jax.set_mesh(mesh):

@@ -33,12 +33,12 @@ MODEL = ModelConfig(
     d_ff=14,
     n_experts=16,
     top_k=3,
-    loss_chunk=4,
+    loss_chunk=2,  # positions of a sequence on one device: context8 has two
     # Large enough that a wrong auxiliary loss shows.
     router=RouterConfig(load_balance_coef=0.1, z_coef=0.05),
     z_loss_coef=0.01,
 )
-B, L, STEPS = 8, 12, 6
+B, L, STEPS = 8, 16, 6
 ADAMW = Config(
     model=MODEL,
     optim=OptimConfig(warmup_steps=2, clip=0.5),
@@ -56,14 +56,22 @@ LAYOUTS = {
     "replica2_data2_expert2": {"replica": 2, "data": 2, "expert": 2},
     "expert4_model2": {"expert": 4, "model": 2},
     "replica2_expert2_model2": {"replica": 2, "expert": 2, "model": 2},
+    "context8": {"context": 8},
+    "data2_context2_model2": {"data": 2, "context": 2, "model": 2},
+    "context4_expert2": {"context": 4, "expert": 2},
+    "replica2_context2_expert2": {"replica": 2, "context": 2, "expert": 2},
+    "context2_expert2_model2": {"context": 2, "expert": 2, "model": 2},
 }
-MUON_LAYOUTS = ("data8", "data2_expert2_model2")
+MUON_LAYOUTS = ("data8", "data2_expert2_model2", "data2_context2_model2")
 # This one also keeps its activations: rematerialisation must not change a number either.
 WITHOUT_REMAT = "replica2_expert2_model2"
 # Here experts have equal slots, as off CPU; all others loop over blocks of rows.
-BATCHED = ("replica2_data2_expert2", "expert4_model2")
+BATCHED = ("replica2_data2_expert2", "expert4_model2", "context4_expert2")
 # Others than what "auto" takes at these sizes, which is all_gather.
 EXCHANGES = {"expert8": "ragged", "data2_expert2_model2": "all_to_all"}
+EXCHANGES |= {"context2_expert2_model2": "all_to_all"}
+# Keys travel around here; they are gathered on the other meshes, as "auto" has it at these sizes.
+RINGS = ("context8", "context2_expert2_model2")
 
 
 @dataclass(frozen=True)
@@ -105,6 +113,8 @@ def run(optimizer: str, layout: str) -> Run:
         config = replace(config, model=replace(MODEL, expert_path="batched"))
     if layout in EXCHANGES:
         config = replace(config, model=replace(config.model, expert_exchange=EXCHANGES[layout]))
+    if layout in RINGS:
+        config = replace(config, model=replace(config.model, context_attention="ring"))
     mesh = on(**LAYOUTS.get(layout, {}))
     losses, balance, norms, first = [], [], [], None
     with jax.set_mesh(mesh):
@@ -213,6 +223,11 @@ def test_the_state_is_spread(optimizer: str) -> None:
 def test_all_to_all_where_experts_are_spread_and_go_that_way_only(layout: str) -> None:
     found = re.findall(r" all-to-all(?:-start)?\(", run("adamw", layout).hlo)
     assert bool(found) == (layout in BATCHED or EXCHANGES.get(layout) == "all_to_all")
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if "context" in name])
+def test_keys_travel_around_where_they_are_asked_to(layout: str) -> None:
+    assert ("collective-permute" in run("adamw", layout).hlo) == (layout in RINGS)
 
 
 def test_a_fresh_state_is_the_same_on_every_mesh() -> None:

@@ -11,7 +11,7 @@ import pytest
 import reference
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from meshes import ROWS, on, put, put_params
+from meshes import TOKENS, on, put, put_params
 from reference import assert_close
 
 from jaxmoe import spec as spec_lib
@@ -73,7 +73,7 @@ def test_router_gradient_equals_that_of_the_dense_layer() -> None:
     mesh = on()
     with jax.set_mesh(mesh):
         (_, values), grads = jax.jit(both(ours))(
-            put_params(mesh, params(), moe_lib.moe_specs(CFG)), put(mesh, x)
+            put_params(mesh, params(), moe_lib.moe_specs(CFG)), put(mesh, x, TOKENS)
         )
     (_, wanted), wanted_grads = jax.jit(both(plain))(params(), x)
     for name, got, want in zip(("y", "balance", "z"), values, wanted, strict=True):
@@ -187,7 +187,7 @@ def size_taken(cfg: ModelConfig, ids: Any) -> Any:
         size, _ = moe_lib._switch(cfg, order, run, jnp.int32(0))
         return jnp.full_like(ids_blA, size)
 
-    return jax.shard_map(report, in_specs=ROWS, out_specs=ROWS)(ids)
+    return jax.shard_map(report, in_specs=TOKENS, out_specs=TOKENS)(ids)
 
 
 @pytest.mark.parametrize("way", WAYS, ids="-".join)
@@ -202,7 +202,7 @@ def test_dispatch_equals_every_expert_for_every_token(where: str, way: tuple[Any
     taken, sizes = set(), sizes_on(mesh, cfg)
     for name, ids in cases(mesh, cfg).items():
         with jax.set_mesh(mesh):
-            args = put(mesh, (x, weights, ids, w, ct), (ROWS, ROWS, ROWS, WEIGHTS, ROWS))
+            args = put(mesh, (x, weights, ids, w, ct), (TOKENS, TOKENS, TOKENS, WEIGHTS, TOKENS))
             *got, overflow = dispatched(cfg, *args)
             ran = np.unique(size_taken(cfg, args[2]))
         assert ran.tolist() == [size_for(ids, mesh, cfg)], name

@@ -4,6 +4,7 @@ Held while the train step is traced, at every return of a function in jaxmoe/mod
 jaxmoe/kernels; so the check costs nothing at run time and needs no decorators.
 """
 
+import dataclasses
 import functools
 import re
 import sys
@@ -102,7 +103,31 @@ SUNK = ModelConfig(
     loss_chunk=8,
 )
 BATCH_SIZE, LENGTH = 8, 16
-MODELS = {"uniform": (MODEL, False), "latent": (LATENT, True), "sunk": (SUNK, False)}
+RING = ModelConfig(
+    vocab_size=62,
+    d_model=28,
+    n_layers=2,
+    n_heads=10,
+    n_kv_heads=2,
+    d_head=6,
+    d_ff=18,
+    n_experts=12,
+    top_k=5,
+    sliding_window=9,
+    attention_sinks=True,
+    context_attention="ring",
+    router=RouterConfig(jitter=0.1),
+    n_mtp=1,
+    loss_chunk=4,
+)
+GATHER = dataclasses.replace(RING, n_experts=1, top_k=1, context_attention="gather")
+MODELS = {
+    "uniform": (MODEL, False),
+    "latent": (LATENT, True),
+    "sunk": (SUNK, False),
+    "ring": (RING, True),
+    "gather": (GATHER, False),
+}
 KERNELS = "LDEAV"  # letters that are sizes of the config there: batch and heads are shards
 
 
@@ -173,10 +198,12 @@ def names_checked(model: ModelConfig) -> Iterator[Names]:
 
 @functools.cache
 def traced(name: str) -> Names:
-    """The train step and the evaluation step, traced on an abstract mesh of 2 x 2 x 2."""
+    """The train step and the evaluation step, traced on an abstract mesh of 2 x 2 x 2: with
+    experts in three ways, and with sequences on two devices."""
     model, has_documents = MODELS[name]
     config = Config(model=model, train=TrainConfig(batch_size=BATCH_SIZE, seq_len=LENGTH))
-    mesh = mesh_lib.abstract(MeshConfig(data=2, expert=2, model=2), 8)
+    axes = {"context": 2} if name in ("ring", "gather") else {"expert": 2}
+    mesh = mesh_lib.abstract(MeshConfig(data=2, model=2, **axes), 8)
     rows = jax.NamedSharding(mesh, jax.P(mesh_lib.BATCH))
     whole = jax.ShapeDtypeStruct((BATCH_SIZE, LENGTH), jnp.int32, sharding=rows)
     batch = Batch(
@@ -197,16 +224,19 @@ def test_suffixes_are_true(name: str) -> None:
     assert not untrue, "\n".join(sorted(set(untrue)))
 
 
-STEP = "lm_loss attention causal_attention _attend _matmuls rope make_turns route _switch"
-STEP += " _forward look_up positions make_places make_order"
+STEP = "lm_loss attention _attend _matmuls rope make_turns _forward look_up positions make_places"
+EXPERTS = "route _switch make_order"
+SHARDED = "context_attention ring_attention look gradients"
 BATCHED = "_batched _ffn to_experts from_experts _from_slots_bwd _to_slots_bwd slot_plan"
 BLOCKED = "_through _through_backward grouped grouped_gradients _one_expert _pack sum_of_slots"
 BLOCKED += " packed_places"
 SEEN = {
-    "uniform": f"{BATCHED} _grouped_qkv _summed moe",
-    "latent": f"{BLOCKED} _AllGather.rows _AllGather.sum_back _mla_qkv _mtp _ahead"
+    "uniform": f"{EXPERTS} {BATCHED} _grouped_qkv _summed moe causal_attention",
+    "latent": f"{EXPERTS} {BLOCKED} _AllGather.rows _AllGather.sum_back _mla_qkv _mtp _ahead"
     " _same_document balanced _jittered _choose ffn",
-    "sunk": "_of_its_expert grouped_matmul _Ragged._send _Ragged._return _summed"
+    "ring": f"{EXPERTS} {SHARDED} _jittered _ahead",
+    "gather": f"{SHARDED} _gathered.<locals>.one _scattered.<locals>.one",
+    "sunk": f"{EXPERTS} _of_its_expert grouped_matmul _Ragged._send _Ragged._return _summed"
     " soft_capped activate",
 }
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import reference
 from jax.sharding import PartitionSpec as P
-from meshes import ROWS, hlo, on, put, put_params
+from meshes import TOKENS, hlo, on, put, put_params
 from reference import assert_close
 
 from jaxmoe import spec as spec_lib
@@ -95,7 +95,7 @@ def test_attention_block_equals_the_plain_one() -> None:
             run = jax.jit(attention, static_argnums=(3, 4))
             got = run(
                 placed,
-                put(on(), x),
+                put(on(), x, TOKENS),
                 Places(turns=make_turns(ROWS_1L, cfg.rope, cfg.d_head)),
                 cfg,
                 None,
@@ -110,7 +110,7 @@ def test_embedding_is_looked_up_without_gathering_anything() -> None:
     table = np.random.default_rng(0).normal(size=(CFG.vocab_size, CFG.d_model)).astype(np.float32)
     tokens = np.random.default_rng(1).permutation(CFG.vocab_size)[:48].reshape(4, 12)
     with jax.set_mesh(mesh):
-        args = put(mesh, (table, tokens.astype(np.int32)), (P("model"), ROWS))
+        args = put(mesh, (table, tokens.astype(np.int32)), (P("model"), TOKENS))
         compiled = jax.jit(look_up).lower(*args).compile()
         np.testing.assert_array_equal(compiled(*args), table[tokens])
     text = hlo(compiled)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from meshes import on, put
+from meshes import hlo, on, put
 
 from jaxmoe.config import Config as WholeConfig
 from jaxmoe.config import MeshConfig, ModelConfig, RouterConfig, TrainConfig, replace
@@ -202,5 +202,5 @@ def test_rows_stay_on_their_devices() -> None:
     with jax.set_mesh(mesh):
         x = put(mesh, np.zeros((B, L, D), np.float32), P(BATCH))
         f = jax.jit(lambda x: pipeline._joined(pipeline._split(x, plan) * 2))
-        text = f.lower(x).compile().as_text()
+        text = hlo(f.lower(x).compile())
     assert not any(word in text for word in ("all-", "collective-permute"))

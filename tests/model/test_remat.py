@@ -140,5 +140,6 @@ def test_the_compiled_program_uses_less_memory() -> None:
         for policy in ("none", "full"):
             step = jax.jit(jax.grad(loss), static_argnums=2)
             program = step.lower(params, tokens, replace(MODEL, remat=policy)).compile()
-            sizes[policy] = program.memory_analysis().temp_size_in_bytes
+            analysis: Any = program.memory_analysis()
+            sizes[policy] = analysis.temp_size_in_bytes
     assert sizes["none"] > sizes["full"], sizes

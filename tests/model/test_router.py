@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from meshes import ROWS, on, put
+from meshes import ROWS, TOKENS, on, put
 from reference import assert_close
 
 from jaxmoe import spec as spec_lib
 from jaxmoe import tree
 from jaxmoe.config import Config, ModelConfig, OptimConfig, RouterConfig, TrainConfig, replace
+from jaxmoe.context import straight
 from jaxmoe.kernels import exchange
 from jaxmoe.model import stack
 from jaxmoe.model.lm import make_places
@@ -64,10 +65,12 @@ def by_hand(probs: np.ndarray, valid: np.ndarray, groups: list[list[int]]) -> tu
     return total / valid.sum(), E * shares(list(range(B)))[0]
 
 
+@pytest.mark.parametrize("c", [1, 2])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("scope", GROUPS)
-def test_statistics_are_over_their_scope(scope: Any, padded: bool) -> None:
-    """On four devices, against numpy; padding counts nowhere, nor does it get a gradient."""
+def test_statistics_are_over_their_scope(scope: Any, padded: bool, c: int) -> None:
+    """On four devices, or twice as many where two share each sequence, against numpy; padding
+    counts nowhere, nor does it get a gradient."""
     x = rows(1, B, L, D) + 2 * rows(3, B, 1, D)  # rows differ, so that shards do
     w = rows(2, D, E) / np.float32(2)
     valid = VALID if padded else np.ones((B, L), bool)
@@ -82,9 +85,9 @@ def test_statistics_are_over_their_scope(scope: Any, padded: bool) -> None:
 
         return jax.grad(f, has_aux=True)(x)
 
-    mesh = on(data=2, expert=2)
+    mesh = on(data=2, expert=2, context=c)
     with jax.set_mesh(mesh):
-        args = put(mesh, (x, w, valid), (ROWS, P(), ROWS))
+        args = put(mesh, (x, w, valid), (TOKENS, P(), TOKENS))
         dx, (weights, ids, stats) = run(*args)
     logits = x.astype(np.float64) @ w
     probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
@@ -103,7 +106,7 @@ def test_statistics_are_over_their_scope(scope: Any, padded: bool) -> None:
 def test_a_batch_of_nothing_but_padding_has_finite_statistics() -> None:
     for scope in GROUPS:
         with jax.set_mesh(on()):
-            x, valid = put(on(), (rows(1, 2, 4, D), np.zeros((2, 4), bool)))
+            x, valid = put(on(), (rows(1, 2, 4, D), np.zeros((2, 4), bool)), TOKENS)
             cfg = cfg_of(load_balance_scope=scope)
             _, _, sums = jax.jit(route, static_argnums=2)(
                 router_of(put(on(), rows(2, D, E), P())), x, cfg, valid
@@ -124,7 +127,7 @@ def test_jitter_is_uniform_noise_on_the_routers_input() -> None:
     def noise(key: Any, **axes: int) -> np.ndarray:
         mesh = on(**axes)
         with jax.set_mesh(mesh):
-            w, placed = put(mesh, np.eye(E, dtype=np.float32), P()), put(mesh, x)
+            w, placed = put(mesh, np.eye(E, dtype=np.float32), P()), put(mesh, x, TOKENS)
             weights, ids, _ = jax.jit(route, static_argnums=2)(router_of(w), placed, cfg, None, key)
         scores = np.zeros(x.shape)
         np.put_along_axis(scores, np.asarray(ids), np.asarray(weights), axis=-1)
@@ -136,6 +139,8 @@ def test_jitter_is_uniform_noise_on_the_routers_input() -> None:
     assert 0.75 - 1e-5 < drawn.min() and drawn.max() < 1.25 + 1e-5
     assert abs(drawn.std() - 0.5 / np.sqrt(12)) < 0.01
     np.testing.assert_allclose(noise(jax.random.key(3), data=2, expert=4), drawn, rtol=1e-5)
+    spread = noise(jax.random.key(3), data=2, context=2)
+    np.testing.assert_allclose(straight(jnp.asarray(spread), 1, 2), drawn, rtol=1e-5)
     assert np.abs(noise(jax.random.key(4)) - drawn).max() > 0.2
 
 
@@ -154,7 +159,7 @@ def test_every_layer_has_noise_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
     assert [s.repeats for s in stack.segments(cfg)] == [1, 2, 1]
     with jax.set_mesh(on()):
         params = put(on(), spec_lib.init(stack.layers_specs(cfg), jax.random.key(0)), P())
-        x = put(on(), rows(0, 1, 4, 8))
+        x = put(on(), rows(0, 1, 4, 8), TOKENS)
         places = make_places(put(on(), np.zeros((1, 4), np.int32)), None, cfg)
         run = jax.jit(lambda key: stack.run_layers(params, x, places, cfg, key)[1])
         found: Any = stack.in_order(run(jax.random.key(1)))

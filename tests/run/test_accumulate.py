@@ -172,7 +172,8 @@ def test_activations_are_those_of_one_part() -> None:
                 jax.ShapeDtypeStruct((64, 48), np.float32, sharding=ROWS_OF_ONE),
             )
             lowered = train_step.lower(abstract_state(config, on()), batch, config)
-            return lowered.compile().memory_analysis().temp_size_in_bytes
+            analysis: Any = lowered.compile().memory_analysis()
+            return analysis.temp_size_in_bytes
 
     assert temporaries(8) < 0.35 * temporaries(1)
 
