@@ -75,3 +75,34 @@ def gpt4_32k() -> Config:
         checkpoint=CheckpointConfig(every=50),
         forecast=ForecastConfig(first=200, every=50),
     )
+
+
+def gpt4_a100() -> Config:
+    """The reported cluster on paper: 24,960 A100 (about 25,000) as 8 tensor x 15 stages x 208.
+
+    13 does not divide the width, so those 208 are 13 replicas of 16 shards. 51.1 million tokens a
+    step, 30 microbatches of one sequence in each of the 208 pipelines;
+    13 trillion tokens. `python -m jaxmoe.plan` says what comes out (docs/plan.md).
+    """
+    base = gpt4()
+    return replace(
+        base,
+        name="gpt4_a100",
+        train=replace(base.train, steps=254_315, batch_size=6240),
+        eval=replace(base.eval, batch_size=3120),
+        mesh=MeshConfig(
+            replica=13, stage=15, data=1, expert=16, model=8, rounds=4, microbatches=30
+        ),
+    )
+
+
+def gpt4_h100() -> Config:
+    """The same on 8,192 H100: 8 tensor x 8 stages x 128, 48 microbatches of one sequence."""
+    base = gpt4()
+    return replace(
+        base,
+        name="gpt4_h100",
+        train=replace(base.train, steps=258_300, batch_size=6144),
+        eval=replace(base.eval, batch_size=1024),
+        mesh=MeshConfig(stage=8, data=8, expert=16, model=8, rounds=5, microbatches=48),
+    )

@@ -60,6 +60,9 @@ STORE: dict[str, MeshAxes] = {
 # backward pass.
 COMPUTE: dict[str, MeshAxes] = {**STORE, "embed": (), "latent_in": ()}
 
+# What a layer multiplies with: COMPUTE, after the experts' own gather.
+IN_USE: dict[str, MeshAxes] = {**COMPUTE, "expert_embed": ()}
+
 Rules = dict[str, MeshAxes]
 
 

@@ -1,1 +1,1 @@
-"""Will it fit, how long will it take, what will it cost: before any of it is paid for."""
+"""Before money is spent: will a run fit, how long does it take, its price (docs/plan.md)."""

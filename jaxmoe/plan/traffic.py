@@ -1,0 +1,217 @@
+"""Bytes that one device sends in a step, by kind and mesh axis, and the link they go over.
+
+Volumes are those of ring algorithms: a gather or a scatter over g devices sends (g - 1) / g of the
+whole, an all-reduce twice that (Thakur et al., 2005, "Optimization of Collective Communication
+Operations in MPICH", sections 4 and 5).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from jaxmoe import mesh as mesh_lib
+from jaxmoe.config import Config
+from jaxmoe.kernels import exchange
+from jaxmoe.model.lm import lm_specs
+from jaxmoe.model.stack import kinds
+from jaxmoe.plan.hardware import Hardware
+from jaxmoe.plan.memory import microbatches
+from jaxmoe.spec import Spec, is_spec
+
+# Axes that weights are gathered over where they are used.
+GATHERED = ("data", "expert", "context")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flow:
+    """One kind of traffic.
+
+    Attributes:
+        kind: what travels.
+        axes: the mesh axes it travels along.
+        sent: bytes a device and step.
+        bandwidth: bytes a second of the link that it is held up by.
+        link: "link" inside of an island, "network" between them, "both".
+        hidden: whether it can run beside the compute that it does not wait for.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    sent: float
+    bandwidth: float
+    link: str
+    hidden: bool
+
+    @property
+    def seconds(self) -> float:
+        return self.sent / self.bandwidth
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shape:
+    """What the flows of a step are computed from.
+
+    Attributes:
+        tokens: of a device in one microbatch (in the whole step without a pipeline).
+        repeats: microbatches.
+        layers: of one stage, as a share of all.
+        width: bytes of an element in the compute dtype.
+    """
+
+    tokens: float
+    repeats: int
+    layers: float
+    width: int
+
+
+def flows(config: Config, sizes: dict[str, int], chip: Hardware) -> list[Flow]:
+    """All that is sent; kinds that need no link are left out."""
+    m = config.model
+    rows = config.train.batch_size * config.train.seq_len
+    ways = math.prod(sizes[axis] for axis in mesh_lib.BATCH if axis != "stage")
+    count = microbatches(config, math.prod(sizes.values()))
+    shape = _Shape(
+        tokens=rows / ways / sizes["context"] / count,
+        repeats=count,
+        layers=1 / sizes["stage"],
+        width=2 if m.dtype == "bfloat16" else 4,
+    )
+    found = [
+        *_of_weights(config, sizes, chip, shape),
+        *_of_activations(config, sizes, chip, shape),
+    ]
+    return [flow for flow in found if flow.sent > 0]
+
+
+def _of_weights(config: Config, sizes: dict[str, int], chip: Hardware, shape: _Shape) -> list[Flow]:
+    specs = lm_specs(config.model)
+    layers = jax.tree.leaves(specs.layers, is_leaf=is_spec)
+    others = jax.tree.leaves([specs.embed_VD, specs.head_DV, specs.mtp], is_leaf=is_spec)
+    gathered: dict[tuple[str, ...], float] = {}
+    replicated = 0.0
+    for spec, share, times in (
+        # Each microbatch passes its layers with weights gathered anew (XLA may keep them).
+        *((s, shape.layers, shape.repeats) for s in layers if s.axes[0] == "layers"),
+        *((s, 1.0, 1) for s in layers if s.axes[0] != "layers"),
+        *((s, 1.0, 1) for s in others),
+    ):
+        axes = _gathered_axes(spec, sizes)
+        whole = spec.size * share * shape.width / _ways(spec, mesh_lib.IN_USE, sizes)
+        group = math.prod(sizes[a] for a in axes)
+        # Twice where they are made anew on the way back, as experts' always are, and once more for
+        # a pipeline's items; and gradients once.
+        passes = 2 + (config.model.remat != "none" or "experts" in spec.axes) + (times > 1)
+        moved = (group - 1) / group * whole
+        gathered[axes] = gathered.get(axes, 0.0) + times * passes * moved
+        replicated += whole / group
+    made = [
+        _flow("weights gathered, gradients scattered", axes, sent, sizes, chip, hidden=True)
+        for axes, sent in gathered.items()
+    ]
+    over = [axis for axis in ("replica",) if sizes[axis] > 1]
+    for axis in over:
+        sent = 2 * (sizes[axis] - 1) / sizes[axis] * replicated
+        made.append(_flow("gradients added up", (axis,), sent, sizes, chip, hidden=True))
+    return made
+
+
+def _of_activations(
+    config: Config, sizes: dict[str, int], chip: Hardware, shape: _Shape
+) -> list[Flow]:
+    m = config.model
+    row = shape.tokens * m.d_model * shape.width * shape.repeats
+    layers = kinds(m)
+    n_layers = len(layers) * shape.layers + m.n_mtp
+    n_moe = sum(kind.moe for kind in layers) * shape.layers + m.n_mtp * (not m.is_dense)
+    tensor, stages, ring = sizes["model"], sizes["stage"], sizes["context"]
+    made = []
+    # Attention's and the feed-forward's sums over heads and width, forward and backward; and those
+    # of the embedding's rows and of the gradient of the last hidden states.
+    sums = 4 * n_layers + 2 / stages
+    sent = sums * 2 * (tensor - 1) / tensor * row
+    made.append(_flow("sums over heads and width", ("model",), sent, sizes, chip))
+    if not m.is_dense:
+        # There and back; backward the rows and their gradients go there and one gradient back.
+        sent = 5 * n_moe * shape.repeats * _exchanged(config, sizes["expert"], shape)
+        made.append(_flow("rows to experts and back", ("expert",), sent, sizes, chip, spread=True))
+    if stages > 1:
+        sent = 2 * config.mesh.rounds * row
+        made.append(_flow("activations to the next stage", ("stage",), sent, sizes, chip))
+    # Keys and values go round once forward; backward again, with their gradients.
+    per_token = _kv_width(config) / tensor * shape.width
+    sent = 3 * n_layers * (ring - 1) * shape.tokens * shape.repeats * per_token
+    made.append(_flow("keys and values around the ring", ("context",), sent, sizes, chip))
+    return made
+
+
+def _exchanged(config: Config, shards: int, shape: _Shape) -> float:
+    """Bytes a device sends one way in one layer: the smallest buffer, as compiled."""
+    m, tokens = config.model, max(1, round(shape.tokens))
+    if shards == 1:
+        return 0.0
+    kind = m.expert_exchange
+    if kind == "auto":
+        kind = exchange.cheapest(tokens, shards, m.n_experts, m.top_k)
+    if kind == "all_gather":
+        rows = (shards - 1) * tokens
+    elif kind == "ragged":
+        rows = (shards - 1) / shards * tokens * m.top_k
+    else:
+        slots = exchange.sizes("all_to_all", tokens, shards, m.n_experts, m.top_k)[0]
+        rows = (shards - 1) / shards * m.n_experts * slots
+    return rows * m.d_model * shape.width
+
+
+def _kv_width(config: Config) -> int:
+    m = config.model
+    if m.mla is not None:
+        return m.n_heads * (m.mla.d_nope + m.mla.d_rope + m.mla.d_value)
+    return 2 * m.n_kv_heads * m.d_head
+
+
+def _gathered_axes(spec: Spec, sizes: dict[str, int]) -> tuple[str, ...]:
+    stored = {a for axis in spec.axes for a in mesh_lib.STORE[axis]}
+    used = {a for axis in spec.axes for a in mesh_lib.IN_USE[axis]}
+    return tuple(a for a in GATHERED if a in stored - used and sizes[a] > 1)
+
+
+def _ways(spec: Spec, rules: mesh_lib.Rules, sizes: dict[str, int]) -> int:
+    # `layers` is accounted for as a share: it may or may not rest over `stage`.
+    used = [a for axis in spec.axes if axis != "layers" for a in rules[axis]]
+    return math.prod(sizes[a] for a in used)
+
+
+def _flow(
+    kind: str,
+    axes: tuple[str, ...],
+    sent: float,
+    sizes: dict[str, int],
+    chip: Hardware,
+    **how: Any,
+) -> Flow:
+    """`spread`: each device sends to all others (all-to-all) and not around a ring."""
+    bandwidth, link = _bandwidth(axes, sizes, chip, spread=how.pop("spread", False))
+    return Flow(
+        kind=kind, axes=axes, sent=sent, bandwidth=bandwidth, link=link, **{"hidden": False, **how}
+    )
+
+
+def _bandwidth(
+    axes: tuple[str, ...], sizes: dict[str, int], chip: Hardware, *, spread: bool
+) -> tuple[float, str]:
+    """Devices are numbered with the last axis fastest, so an island holds whole inner axes."""
+    group = math.prod(sizes[a] for a in axes)
+    if group == 1:
+        return chip.link, "link"
+    order: list[str] = list(mesh_lib.AXES)
+    inner = math.prod(sizes[a] for a in order[order.index(axes[-1]) + 1 :])
+    together = min(group, max(1, chip.island // inner))  # of the group, in one island
+    if together == group:
+        return chip.link, "link"
+    if spread:  # the share of what is sent that leaves the island
+        outside = (group - together) / (group - 1)
+        return min(chip.link, chip.network / outside), "both" if together > 1 else "network"
+    # A ring enters and leaves an island once, over the network ports of all its members.
+    return min(chip.link, chip.network * together), "both" if together > 1 else "network"
