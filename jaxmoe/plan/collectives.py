@@ -64,8 +64,9 @@ class Row:
 def collectives(text: str, shape: Mapping[str, int]) -> list[Row]:
     """All that a step sends, the largest first.
 
-    A loop's count as often as it runs. Of a conditional the branch that sends least counts: the
-    exchange of experts has one for each size of its buffers, and the first suffices as a rule.
+    A loop's count as often as it runs. Of a conditional's branches that send something the one
+    that sends least counts: the exchange of experts has one for each size of its buffers, and the
+    first suffices as a rule. So a pipeline's bubbles count as if they were busy.
 
     Args:
         text: of a compiled program (`compiled.as_text()`).
@@ -104,7 +105,8 @@ def _called(
     if not any(each):
         return []
     if i.op == "conditional":
-        return min(each, key=lambda rows: sum(row.sent for row in rows))
+        sending = [rows for rows in each if rows]  # a pipeline's bubble sends nothing
+        return min(sending, key=lambda rows: sum(row.sent for row in rows))
     rows = [row for rows in each for row in rows]
     if i.op != "while":
         return rows

@@ -123,7 +123,7 @@ def found(model: str, name: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     cfg = MODELS[model]
     config, mesh = Config(model=cfg, mesh=layout), on(**axes)
 
-    def loss(params: Any, *arrays: Any) -> Any:
+    def loss(params: Any, arrays: Any) -> Any:
         documents = arrays[3] if len(arrays) > 3 else None
         tokens, targets, weights = arrays[:3]
         sums, stats = lm_loss(params, tokens, targets, weights, cfg, documents, layout=layout)
@@ -134,7 +134,7 @@ def found(model: str, name: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         make = jax.jit(lambda: init(param_specs(config), jax.random.key(1)), out_shardings=placed)
         params = make()
         given = [put(mesh, a) for a in batch(model)]
-        (value, router), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, *given)
+        (value, router), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, given)
     plain = dict(tree.named_leaves(param_specs(replace(config, mesh=MeshConfig()))))
     return np.array([value, *np.ravel(router.load_balance)]), {
         leaf: np.asarray(grad).reshape(plain[leaf].shape) for leaf, grad in tree.named_leaves(grads)

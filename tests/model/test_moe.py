@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import reference
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 from meshes import TOKENS, on, put, put_params
 from reference import assert_close
 
@@ -84,14 +83,7 @@ def test_router_gradient_equals_that_of_the_dense_layer() -> None:
 
 # Dispatch
 
-WEIGHTS = moe_lib.Experts(
-    wgate_EDF=P("expert", "data", "model"),
-    wup_EDF=P("expert", "data", "model"),
-    wdown_EFD=P("expert", "model", "data"),
-    bgate_EF=P("expert", "model"),
-    bup_EF=P("expert", "model"),
-    bdown_ED=P("expert"),
-)
+WEIGHTS = moe_lib._weights_spec(CFG)
 
 
 def forced(load: int, mesh: Mesh) -> np.ndarray:
