@@ -30,7 +30,7 @@ CONFIG, ARRAYS, TOKENIZER = record.CONFIG, "params", "tokenizer"
 # Fields of `model` that no logit depends on.
 TRAINING_ONLY = (
     *("z_loss_coef", "mtp_coef", "loss_chunk", "dtype", "matmul", "remat", "router.jitter"),
-    *("attention_path", "expert_path", "expert_exchange"),
+    *("attention_path", "context_attention", "expert_path", "expert_exchange"),
     *("router.load_balance_coef", "router.load_balance_scope", "router.z_coef"),
 )
 

@@ -21,7 +21,7 @@ from jaxmoe.model.lm import hidden, lm_loss, lm_specs, make_places, positions
 B, L = 2, 12
 CFG = ModelConfig(
     vocab_size=30,
-    d_model=20,
+    d_model=24,  # experts gather it over `context`, of three
     n_layers=3,
     n_heads=6,
     n_kv_heads=2,

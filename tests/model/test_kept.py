@@ -69,7 +69,7 @@ def test_two_residual_streams_spread_over_model_and_attentions_output() -> None:
     nor gathered weights: the experts' own VJP would keep them, were they not rematerialised."""
     streams = [a for a in kept() if a.shape == (R, B, L, MODEL.d_model)]
     assert [a.dtype for a in streams] == [jnp.bfloat16] * 2
-    assert [a.sharding.spec[2] for a in streams] == ["model"] * 2
+    assert [a.sharding.spec[2] for a in streams] == [("context", "model")] * 2
     output = R * B * L * MODEL.n_heads * MODEL.d_head
     (attention,) = [a for a in kept() if a.size == output]
     assert attention.dtype == jnp.bfloat16
