@@ -25,6 +25,7 @@ from jaxmoe.kernels.low_precision import einsum
 from jaxmoe.mesh import COMPUTE, batch, partition, platform, tokens, vary_alike, varying
 from jaxmoe.model import blocked, sorted_experts
 from jaxmoe.model.ffn import activate, ffn, ffn_specs
+from jaxmoe.model.remat import CHOICE, named
 from jaxmoe.model.router import Router, RouterSums, route, router_specs
 from jaxmoe.spec import Spec, map_specs
 
@@ -121,6 +122,7 @@ def _experts_fwd(
 ) -> tuple[tuple[Array, Array], Any]:
     rows, ordered = tokens(None), _order_spec()
     order = jax.shard_map(partial(_order, cfg), in_specs=rows, out_specs=ordered)(ids_BLA)
+    order = named(order, CHOICE)  # a sort of small numbers, not to be done again
     mapped: Any = jax.shard_map(
         partial(_forward, cfg),
         in_specs=(rows, rows, rows, ordered, _weights_spec(cfg)),

@@ -10,7 +10,8 @@
 
 All but none also keep attention's outputs and log-sum-exps: as large as an input, and dear to
 compute again (cuDNN's are not named, and are). Hidden rows of experts are kept by none (moe.py);
-gathered weights, the router and the order of the rows by `none` alone.
+gathered weights and the router's float32 arrays by `none` alone; which experts a row goes to and
+the order of the rows by all: they are small.
 """
 
 from collections.abc import Callable
@@ -23,8 +24,12 @@ from jaxmoe.config import ModelConfig
 from jaxmoe.kernels.chunked import KEPT
 
 # Names of values that a policy may keep.
-QKV, HIDDEN, INPUT = "qkv", "feed_forward", "layer_input"
-POLICIES = {"full": (KEPT,), "attention": (KEPT, QKV), "matmuls": (KEPT, QKV, HIDDEN)}
+QKV, HIDDEN, INPUT, CHOICE = "qkv", "feed_forward", "layer_input", "choice"
+POLICIES = {
+    "full": (KEPT, CHOICE),
+    "attention": (KEPT, CHOICE, QKV),
+    "matmuls": (KEPT, CHOICE, QKV, HIDDEN),
+}
 
 
 def rematerialised(f: Callable[..., Any], cfg: ModelConfig) -> Callable[..., Any]:
@@ -42,7 +47,7 @@ def offloaded(f: Callable[..., Any], cfg: ModelConfig) -> Callable[..., Any]:
     if cfg.remat != "offload":
         return f
     policy = jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
+        names_which_can_be_saved=[CHOICE],
         names_which_can_be_offloaded=[INPUT, KEPT],
         offload_src="device",
         offload_dst="pinned_host",

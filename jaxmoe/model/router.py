@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxmoe.config import ModelConfig, RouterConfig
 from jaxmoe.context import spread
 from jaxmoe.mesh import batch
+from jaxmoe.model.remat import CHOICE, named
 from jaxmoe.spec import Spec
 
 Array = jax.Array
@@ -102,7 +103,8 @@ def route(
     if params.bias_E is not None:
         logits_BLE += params.bias_E[None, None]
     scores_BLE, probs_BLE = _scores(logits_BLE, r)
-    ids_BLA = _choose(scores_BLE, params.balance_bias_E, cfg)
+    # Kept: small, and a choice among many experts is dear to make again.
+    ids_BLA = named(_choose(scores_BLE, params.balance_bias_E, cfg), CHOICE)
     weights_BLA = _weights(scores_BLE, ids_BLA, r)
     sums = _sums(params, logits_BLE, probs_BLE, ids_BLA, valid_BL, cfg)
     return weights_BLA, ids_BLA, sums
@@ -179,7 +181,7 @@ def _sums(
     rows_B = valid_BL.sum(1)
     # Over the whole sequence, whose positions may be on several devices.
     of_rows = P(batch(), None)
-    load_BE = jnp.einsum("BLE,BL->BE", chosen_BLE, valid_BL, out_sharding=of_rows)
+    load_BE = named(jnp.einsum("BLE,BL->BE", chosen_BLE, valid_BL, out_sharding=of_rows), CHOICE)
     probs_BE = jnp.einsum("BLE,BL->BE", probs_BLE, valid_BL, out_sharding=of_rows)
     bias_E = params.balance_bias_E
     return RouterSums(

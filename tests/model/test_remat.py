@@ -107,23 +107,29 @@ def test_each_policy_keeps_what_it_names() -> None:
 
 def test_offload_leaves_nothing_of_the_layers_on_the_device() -> None:
     """In the host's memory: two inputs a layer, attention's outputs and their log-sum-exps. On the
-    device: of all layers only parameters."""
+    device: of all layers only parameters, and where the rows went."""
     spaces: dict[str, list[Any]] = {"host": [], "device": []}
     for leaf in residuals("offload"):
         spaces["host" if leaf.memory_space == jax.memory.Space.Host else "device"].append(leaf)
     rows, m = 4 * B * L, MODEL
     wanted = rows * m.n_layers * (2 * m.d_model + m.n_heads * m.d_head + m.n_heads)
     assert bytes_of(spaces["host"]) == wanted
-    assert not activations(spaces["device"])
+    left = activations(spaces["device"])
+    assert {a.dtype for a in left} == {jnp.dtype("int32")} and bytes_of(left) == choices()
 
 
 def test_full_keeps_inputs_and_attention_alone() -> None:
-    """Also where there are experts: no array of the router, and no weight as it is gathered."""
+    """Also where there are experts: no float array of the router, no weight as it is gathered."""
     rows, m = 4 * B * L, MODEL
     wanted = rows * m.n_layers * (2 * m.d_model + m.n_heads * m.d_head + m.n_heads)
-    assert bytes_of(activations(residuals("full"))) == wanted
+    assert bytes_of(activations(residuals("full"))) == wanted + choices()
     halved = [a.shape for a in residuals("full", "bfloat16") if a.dtype == jnp.bfloat16]
     assert len(halved) > 5 and not [s for s in halved if m.n_experts in s and len(s) == 4], halved
+
+
+def choices() -> int:
+    """Bytes of three layers with experts: ids by token, and places in the order of the rows."""
+    return 3 * 2 * 4 * B * L * MODEL.top_k
 
 
 def activations(arrays: list[Any]) -> list[Any]:
