@@ -1,0 +1,83 @@
+"""Tokens of one source on disk or in memory, read by position.
+
+A source is one long row of tokens: eot, then every document followed by eot. Document i is the
+tokens [ends[i - 1], ends[i]), its eot included, where ends[-1] is 1.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+__all__ = ["Source", "StoredSource"]
+
+
+class Source(Protocol):
+    """What the stream asks of a source; one of 10^9 documents need not lie in memory."""
+
+    name: str
+    domain: str  # of all its documents: code, prose, ...
+
+    @property
+    def tokens(self) -> int:
+        """How many, eots included."""
+        ...
+
+    @property
+    def documents(self) -> int: ...
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """int32 [stop - start]: tokens at 0 <= start <= stop <= tokens."""
+        ...
+
+    def bounds(self, document: int) -> tuple[int, int]:
+        """Where a document's tokens begin and end, its eot included."""
+        ...
+
+    def find(self, token: int) -> int:
+        """The document that the token at an index is in; -1 for the first eot."""
+        ...
+
+
+class StoredSource:
+    """A source in shards, which may be memory maps: a read touches the pages that it needs."""
+
+    def __init__(
+        self, name: str, shards: Sequence[np.ndarray], ends: np.ndarray, domain: str = ""
+    ) -> None:
+        """`shards`: the row of tokens, cut anywhere. `ends`: int64 [documents], ascending."""
+        self.name, self.domain = name, domain
+        self._shards = tuple(shards)
+        self._ends = ends
+        self._starts = np.cumsum([0, *(len(s) for s in self._shards)])
+
+    @property
+    def tokens(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def documents(self) -> int:
+        return len(self._ends)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        if not 0 <= start <= stop <= self.tokens:
+            raise IndexError(f"{self.name}: {start}..{stop} of {self.tokens} tokens")
+        shard = int(np.searchsorted(self._starts, start, "right")) - 1
+        out = np.empty(stop - start, np.int32)
+        filled = 0
+        while filled < len(out):
+            here = start + filled - int(self._starts[shard])
+            part = self._shards[shard][here : here + len(out) - filled]
+            out[filled : filled + len(part)] = part
+            filled += len(part)
+            shard += 1
+        return out
+
+    def bounds(self, document: int) -> tuple[int, int]:
+        if not 0 <= document < self.documents:
+            raise IndexError(f"{self.name}: document {document} of {self.documents}")
+        start = int(self._ends[document - 1]) if document else 1
+        return start, int(self._ends[document])
+
+    def find(self, token: int) -> int:
+        return int(np.searchsorted(self._ends, token, "right")) if token else -1
