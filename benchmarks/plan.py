@@ -14,18 +14,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from jaxmoe import mesh as mesh_lib
 from jaxmoe.config import Config, MlaConfig, ModelConfig, TrainConfig, apply_sets, replace
 from jaxmoe.config_check import check
 from jaxmoe.model.cost import cost
+from jaxmoe.plan.aot import lower
 from jaxmoe.plan.forecast import step_time
 from jaxmoe.plan.hardware import find
 from jaxmoe.plan.memory import forecast
-from jaxmoe.run.state import abstract_state, init_state
+from jaxmoe.run.state import init_state
 from jaxmoe.run.step import Batch, train_step
 
 MOE = ModelConfig(
@@ -76,22 +74,8 @@ def config_of(model: ModelConfig, sets: str) -> Config:
     return apply_sets(config, sets.split())
 
 
-def shaped(config: Config, mesh: Mesh) -> Batch:
-    rows = NamedSharding(mesh, P(mesh_lib.BATCH, None))
-    b, length = config.train.batch_size, config.train.seq_len
-    return Batch(
-        tokens_BL=jax.ShapeDtypeStruct((b, length + 1), jnp.int32, sharding=rows),
-        weights_BL=jax.ShapeDtypeStruct((b, length), jnp.float32, sharding=rows),
-    )
-
-
 def compiled(config: Config, n_devices: int) -> Any:
-    sizes = mesh_lib.sizes(config.mesh, n_devices)
-    grid = np.array(jax.devices()[:n_devices]).reshape(*sizes.values())
-    mesh = Mesh(grid, mesh_lib.AXES, axis_types=(AxisType.Explicit,) * len(mesh_lib.AXES))
-    with jax.set_mesh(mesh):
-        state = abstract_state(config, mesh)
-        return train_step.lower(state, shaped(config, mesh), config).compile()
+    return lower(config, mesh_lib.over(config.mesh, jax.devices()[:n_devices])).compile()
 
 
 def used(program: Any) -> int:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxmoe.spec import BATCH_AXES, Spec, is_spec
+from jaxmoe.spec import Spec, is_spec
 
 Array = jax.Array
 
@@ -63,11 +63,11 @@ def scale_by_adafactor(specs: Any) -> optax.GradientTransformation:
 
 def _dims(spec: Spec) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Input and output dims of the matrices of a stack; a vector has no outputs."""
-    own = [i for i, axis in enumerate(spec.axes) if axis not in BATCH_AXES]
+    own = spec.own_dims
     if "vocab" in spec.axes and not spec.inputs:  # an embedding
-        return (own[0],), tuple(own[1:])
+        return own[:1], own[1:]
     ins = tuple(i for i in own if spec.axes[i] in spec.inputs)
-    return (ins, tuple(i for i in own if i not in ins)) if ins else (tuple(own), ())
+    return (ins, tuple(i for i in own if i not in ins)) if ins else (own, ())
 
 
 def _zeros(spec: Spec, param: Array) -> Moment:

@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from jaxmoe.mesh import ways
+
 Array = jax.Array
 AXIS = "context"
 
 
 def shards() -> int:
-    """Of the mesh of the trace; 1 where there is none."""
-    return jax.sharding.get_abstract_mesh().shape.get(AXIS, 1)
+    return ways((AXIS,))
 
 
 def spread(a_BL: Array) -> Array:

@@ -9,14 +9,14 @@ an error at trace time instead of a guess of the compiler.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe import tree
@@ -78,12 +78,17 @@ def sizes(config: MeshConfig, n_devices: int) -> dict[str, int]:
         shape["data"] = max(1, n_devices // others)
     product = math.prod(shape.values())
     if product != n_devices:
-        text = " x ".join(f"{axis}={size}" for axis, size in shape.items() if size > 1) or "1"
         raise UserError(
-            f"the mesh {text} needs {product} devices, but there are {n_devices}; change mesh.*"
-            " (mesh.data=-1 takes what is left), the device count, or on CPU mesh.emulate"
+            f"the mesh {describe(shape)} needs {product} devices, but there are {n_devices};"
+            " change mesh.* (mesh.data=-1 takes what is left), the device count, or on CPU"
+            " mesh.emulate"
         )
     return shape
+
+
+def describe(shape: Mapping[str, int]) -> str:
+    """Sizes of a mesh's axes, for people: those that are used."""
+    return " x ".join(f"{axis}={size}" for axis, size in shape.items() if size > 1) or "one device"
 
 
 def devices_wanted(config: MeshConfig, n_processes: int) -> int:
@@ -129,7 +134,7 @@ def across(shape: Sequence[int], n_slices: int) -> tuple[int, ...]:
         parts.append(math.gcd(size, left))
         left //= parts[-1]
     if left > 1:
-        text = " x ".join(f"{a}={s}" for a, s in zip(AXES, shape, strict=True) if s > 1)
+        text = describe(dict(zip(AXES, shape, strict=True)))
         raise UserError(f"{n_slices} slices cannot share the mesh {text} evenly; set mesh.replica")
     return tuple(parts)
 
@@ -142,10 +147,14 @@ def _split_if_needed(make: Any, *arguments: Any) -> np.ndarray:
         return make(*arguments, allow_split_physical_axes=True)
 
 
-def abstract(config: MeshConfig, n_devices: int) -> AbstractMesh:
-    """A mesh without devices: type-checks a step of any size on any machine."""
-    shape = sizes(config, n_devices)
-    return AbstractMesh(tuple(shape.values()), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+def abstract(
+    config: MeshConfig, n_devices: int, device: AbstractDevice | None = None
+) -> AbstractMesh:
+    """A mesh without devices: type-checks a step of any size on any machine. What depends on the
+    kind of device is traced for `device`, or for those that are here."""
+    shape = tuple(sizes(config, n_devices).values())
+    types = (AxisType.Explicit,) * len(AXES)
+    return AbstractMesh(shape, AXES, axis_types=types, abstract_device=device)
 
 
 def partition(spec: Spec, rules: Rules) -> P:
@@ -286,8 +295,7 @@ def concrete(abstract_tree: Any, mesh: Mesh) -> Any:
 
 
 def _stream(length: int) -> P:
-    shape = jax.sharding.get_abstract_mesh().shape
-    divides = shape["model"] > 1 and length % (shape["context"] * shape["model"]) == 0
+    divides = ways(("model",)) > 1 and length % ways(("context", "model")) == 0
     return P(batch(), ("context", "model") if divides else "context", None)
 
 

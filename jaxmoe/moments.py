@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxmoe import mesh, tree
-from jaxmoe.spec import BATCH_AXES, Spec, is_spec
+from jaxmoe.spec import Spec, is_spec
 
 Array = jax.Array
 Kind = Literal["float32", "bfloat16", "int8"]
@@ -113,7 +113,7 @@ def decode(stored: Any, *, roots: bool) -> Array:
 def _row_dim(spec: Spec) -> int:
     """The longest dim that no mesh shards, if it is worth a scale; else the last one, whose
     largest values are then sought over devices."""
-    own = [i for i, axis in enumerate(spec.axes) if axis not in BATCH_AXES]
+    own = spec.own_dims
     whole = [i for i in own if not mesh.STORE[spec.axes[i]] and spec.shape[i] >= 64]
     return max(whole, key=lambda i: spec.shape[i], default=own[-1])
 

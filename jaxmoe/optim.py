@@ -15,7 +15,7 @@ from jaxmoe import mesh
 from jaxmoe.adafactor import scale_by_adafactor
 from jaxmoe.config import OptimConfig
 from jaxmoe.moments import kept
-from jaxmoe.spec import BATCH_AXES, Spec, is_spec, map_specs
+from jaxmoe.spec import Spec, is_spec, map_specs
 
 Array = jax.Array
 Schedule = Callable[[Any], Any]
@@ -142,13 +142,14 @@ def orthogonalize(update: Array, spec: Spec) -> Array:
     Each matrix of a stack (layers, experts) is one problem. Its dims are gathered, since the
     products mix all of them; stacks stay sharded as they are.
     """
-    stacked = [a for a in spec.axes if a in BATCH_AXES]
-    ins = [a for a in spec.axes if a in spec.inputs]
-    batch = spec.shape[: len(stacked)]
+    first = spec.own_dims[0]
+    batch = spec.shape[:first]
     fan_out = spec.size // (math.prod(batch) * spec.fan_in)
     sharding = jax.typeof(update).sharding
-    whole = jax.reshard(update, sharding.update(spec=P(*sharding.spec[: len(stacked)])))
-    assert list(spec.axes) == stacked + ins + list(spec.axes[len(stacked) + len(ins) :]), spec.axes
+    whole = jax.reshard(update, sharding.update(spec=P(*sharding.spec[:first])))
+    ins = len(spec.inputs)
+    in_order = spec.own_dims == tuple(range(first, len(spec.shape)))
+    assert in_order and set(spec.axes[first : first + ins]) == set(spec.inputs), spec.axes
     matrix = whole.reshape(*batch, spec.fan_in, fan_out)
     scale = 0.2 * math.sqrt(max(spec.fan_in, fan_out))
     result = scale * _newton_schulz(matrix)

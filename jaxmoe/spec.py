@@ -47,6 +47,11 @@ class Spec:
         return math.prod(self.shape)
 
     @property
+    def own_dims(self) -> tuple[int, ...]:
+        """Those of one matrix of the stack."""
+        return tuple(i for i, axis in enumerate(self.axes) if axis not in BATCH_AXES)
+
+    @property
     def fan_in(self) -> int:
         sizes = dict(zip(self.axes, self.shape, strict=True))
         return math.prod(sizes[axis] for axis in self.inputs)

@@ -185,10 +185,10 @@ def _describe(config: Config, trainer: Trainer, peak: float, view: Display) -> N
             },
         },
     )
-    axes = " x ".join(f"{a}={n}" for a, n in trainer.mesh.shape.items() if n > 1) or "one device"
     sizes = f"{counted.params / 1e6:.2f} M parameters, {counted.params_active / 1e6:.2f} M active"
     view.note(
-        f"{config.name}: {sizes}; {platform.describe_devices()}, mesh {axes};"
+        f"{config.name}: {sizes}; {platform.describe_devices()},"
+        f" mesh {mesh_lib.describe(trainer.mesh.shape)};"
         f" matmul peak {peak / 1e9:.0f} GFLOP/s"
     )
     skipped = corpus.manifest["skipped"]

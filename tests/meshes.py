@@ -4,8 +4,7 @@ import math
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe import mesh
@@ -15,10 +14,7 @@ from jaxmoe.spec import map_specs
 
 def on(**axes: int) -> Mesh:
     """As many of the eight devices as the sizes multiply to; an axis that is left out is 1."""
-    n = math.prod(axes.values())
-    shape = mesh.sizes(MeshConfig(**{"data": 1, **axes}), n)
-    devices = np.array(jax.devices()[:n]).reshape(*shape.values())
-    return Mesh(devices, mesh.AXES, axis_types=(AxisType.Explicit,) * len(mesh.AXES))
+    return mesh.over(MeshConfig(**{"data": 1, **axes}), jax.devices()[: math.prod(axes.values())])
 
 
 # A batch as the model is given it: its first dim over the axes that share a batch.

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import MeshConfig
 from jaxmoe.jax_versions import keep_free_axes
-from jaxmoe.mesh import batch
+from jaxmoe.mesh import batch, ways
 
 Array = jax.Array
 AXIS = "stage"
@@ -50,9 +50,14 @@ class Schedule:
         return self.groups * self.stages
 
     @property
+    def lap(self) -> int:
+        """Items that a stage works on for one group: its slot of every stage, round after round."""
+        return self.rounds * self.stages
+
+    @property
     def items(self) -> int:
         """That a stage works on."""
-        return self.rounds * self.microbatches
+        return self.groups * self.lap
 
     @property
     def iterations(self) -> int:
@@ -74,7 +79,7 @@ def schedule(layout: MeshConfig, stages: int, rows: int) -> Schedule:
 
 def stages() -> int:
     """Of the mesh that the trace is for."""
-    return dict(jax.sharding.get_abstract_mesh().shape).get(AXIS, 1)
+    return ways((AXIS,))
 
 
 def run(
@@ -123,16 +128,14 @@ def _stage(
     def step(carry: Any, t: Array) -> tuple[Any, None]:
         waiting, entering, leaving, done_GbLD, sums = carry
         # Rows of all stages come to stage 0 in turn, one group after another.
-        group, first = jnp.divmod(t, plan.rounds * n)
-        fresh = jax.lax.dynamic_index_in_dim(
-            x_GbLD, jnp.minimum(group, plan.groups - 1), keepdims=False
-        )
+        arriving, first = jnp.divmod(t, plan.lap)
+        fresh = _at(x_GbLD, jnp.minimum(arriving, plan.groups - 1))
         entering = jnp.where(first == 0, fresh, entering)
-        item = jnp.clip(t - me, 0, plan.items - 1)
-        turn, slot = jnp.divmod(item % (plan.rounds * n), n)
+        group, within = jnp.divmod(jnp.clip(t - me, 0, plan.items - 1), plan.lap)
+        turn, slot = jnp.divmod(within, n)
         mine = jnp.where((me == 0) & (turn == 0), entering, waiting)
-        of_rows = jax.tree.map(lambda a: _pick(a, slot, item // (plan.rounds * n)), beside)
-        number = item // (plan.rounds * n) * n + slot
+        of_rows = jax.tree.map(lambda a: _at(_at(a, slot), group), beside)
+        number = group * n + slot
         valid = (t >= me) & (t - me < plan.items)
         y, more = _item(part, plan, params, mine, keys, valid, turn, (of_rows, common, number))
         if plan.rounds > 1:
@@ -142,9 +145,9 @@ def _stage(
         # The last stage's results go up: after S of them each is at the stage it came from.
         leaving = jax.lax.ppermute(leaving, AXIS, up)
         leaving = jnp.where(me == n - 1, y, leaving)
-        out, last = jnp.divmod(t - (n - 1), plan.rounds * n)
+        out, last = jnp.divmod(t - (n - 1), plan.lap)
         put = jax.lax.dynamic_update_index_in_dim(done_GbLD, leaving, jnp.maximum(out, 0), 0)
-        done_GbLD = jnp.where(last == plan.rounds * n - 1, put, done_GbLD)
+        done_GbLD = jnp.where(last == plan.lap - 1, put, done_GbLD)
         waiting = jax.lax.ppermute(y, AXIS, down)
         entering = jax.lax.ppermute(entering, AXIS, up)
         return (waiting, entering, leaving, done_GbLD, sums), None
@@ -159,17 +162,21 @@ def _stage(
 def _nothing(part: Part, plan: Schedule, params: Any, keys: Any, x: Array, rest: Any) -> Any:
     """Sums of no item, for every layer of the stage."""
     of_round = lambda p, k, *args: part(_round(plan, p, 0), _round(plan, k, 0), *args)  # noqa: E731
-    _, sums = jax.eval_shape(of_round, params, keys, x, *rest)
-    shape = lambda a: (plan.rounds, *a.shape) if plan.rounds > 1 else a.shape  # noqa: E731
-    return jax.tree.map(lambda a: jnp.zeros(shape(a), a.dtype), sums)
+    sums = _no_sums(of_round, params, keys, x, *rest)
+    of_all = lambda a: jnp.zeros_like(a, shape=(plan.rounds, *a.shape))  # noqa: E731
+    return jax.tree.map(of_all, sums) if plan.rounds > 1 else sums
+
+
+def _no_sums(layers: Callable[..., tuple[Array, Any]], *args: Any) -> Any:
+    _, sums = jax.eval_shape(layers, *args)
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), sums)
 
 
 def _round(plan: Schedule, stacked: Any, turn: Any) -> Any:
     """Of a stage's arrays those of one round."""
     if plan.rounds == 1:
         return stacked
-    pick = lambda a: jax.lax.dynamic_index_in_dim(a, turn, keepdims=False)  # noqa: E731
-    return jax.tree.map(pick, stacked)
+    return jax.tree.map(lambda a: _at(a, turn), stacked)
 
 
 # An item: the layers of one round on one microbatch, or nothing in a bubble. Its VJP is our own:
@@ -191,8 +198,7 @@ def _run_item(
         return part(_round(plan, params, turn), _round(plan, keys, turn), x, *rest)
 
     def idle(x: Array) -> tuple[Array, Any]:
-        _, sums = jax.eval_shape(busy, x)
-        return x, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), sums)
+        return x, _no_sums(busy, x)
 
     # All devices of a stage go the same way, so collectives within it are safe.
     return jax.lax.cond(valid, busy, idle, x)
@@ -260,9 +266,8 @@ def _everywhere(a: Array) -> Array:
     return jax.reshard(a, P(None, *tuple(jax.typeof(a).sharding.spec)[1:]))
 
 
-def _pick(a: Array, stage: Array, group: Array) -> Array:
-    row = jax.lax.dynamic_index_in_dim(a, stage, keepdims=False)
-    return jax.lax.dynamic_index_in_dim(row, group, keepdims=False)
+def _at(a: Array, index: Array) -> Array:
+    return jax.lax.dynamic_index_in_dim(a, index, keepdims=False)
 
 
 def _in_order(a: Array, plan: Schedule) -> Array:

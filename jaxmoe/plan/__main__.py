@@ -13,7 +13,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxmoe import config as config_lib
 from jaxmoe.config import Config
-from jaxmoe.config_check import check
 from jaxmoe.errors import UserError
 from jaxmoe.plan import aot, page
 from jaxmoe.plan.answer import check_devices, plan, versions
@@ -100,7 +99,6 @@ def _plan(args: argparse.Namespace, config: Config, chip: Hardware) -> int:
 
 def _compile(args: argparse.Namespace, config: Config) -> int:
     """Of the train step, for chips that are not here (jaxmoe/plan/aot.py)."""
-    check(config)
     console = Console(stderr=True)
     with console.status(f"compiling for {args.compile}: minutes for a large mesh"):
         report = aot.compile_report(config, args.compile)

@@ -13,10 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from rich.console import Group
 from rich.table import Table
 
@@ -28,7 +26,7 @@ from jaxmoe.plan import hlo, topologies
 from jaxmoe.plan.collectives import Row, collectives
 from jaxmoe.run import xla
 from jaxmoe.run.state import abstract_state
-from jaxmoe.run.step import Batch, train_step
+from jaxmoe.run.step import abstract_batch, train_step
 
 GIB = 2**30
 LARGEST = 10  # arrays that a report names
@@ -173,21 +171,8 @@ def lower(config: Config, mesh: Mesh) -> Any:
     Raises:
         UserError: a batch or a parameter that does not divide over the mesh.
     """
-    rows, length = config.train.batch_size, config.train.seq_len
-    mesh_lib.check_batch(mesh, "train.batch_size", rows)
-    sharding = NamedSharding(mesh, P(mesh_lib.BATCH, None))
-
-    def shaped(length: int, dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct((rows, length), dtype, sharding=sharding)
-
-    documents = shaped(length, jnp.int32) if config.data.document_mask else None
-    batch = Batch(
-        tokens_BL=shaped(length + 1, jnp.int32),
-        weights_BL=shaped(length, jnp.float32),
-        documents_BL=documents,
-    )
     with jax.set_mesh(mesh):
-        return train_step.lower(abstract_state(config, mesh), batch, config)
+        return train_step.lower(abstract_state(config, mesh), abstract_batch(config, mesh), config)
 
 
 def _memory(compiled: Any) -> Memory:
@@ -209,7 +194,7 @@ def _flops(compiled: Any) -> float:
 def _read(text: str, config: Config, mesh: Mesh) -> dict[str, Any]:
     program = hlo.parse(text)
     return {
-        "collectives": tuple(collectives(text, mesh.shape)),
+        "collectives": tuple(collectives(program, mesh.shape)),
         "largest": tuple(_large(pair) for pair in hlo.largest(program, LARGEST)),
         "blow_ups": tuple(blow_ups(program, config, mesh)),
     }
@@ -254,9 +239,8 @@ def render(report: CompileReport) -> Group:
 
 
 def _facts(r: CompileReport) -> Table:
-    axes = " x ".join(f"{a}={s}" for a, s in r.mesh.items() if s > 1) or "one device"
     table = Table(title=r.target, show_header=False, title_justify="left")
-    rows = [("mesh", axes), ("tokens a step", f"{r.tokens_per_step:,}")]
+    rows = [("mesh", mesh_lib.describe(r.mesh)), ("tokens a step", f"{r.tokens_per_step:,}")]
     if r.refusal:
         # Sizes and all; the code in front and advice behind are for XLA's own developers.
         rows.append(("does not fit", re.sub(r"^[A-Z_]+: ", "", r.refusal)))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from jaxmoe.plan import hlo
-from jaxmoe.plan.hlo import Computation, Instruction, Program, parse
+from jaxmoe.plan.hlo import Computation, Instruction, Program
 
 KINDS = (
     "all-gather",
@@ -61,7 +61,7 @@ class Row:
     unknown: bool = False
 
 
-def collectives(text: str, shape: Mapping[str, int]) -> list[Row]:
+def collectives(program: Program, shape: Mapping[str, int]) -> list[Row]:
     """All that a step sends, the largest first.
 
     A loop's count as often as it runs. Of a conditional's branches that send something the one
@@ -69,10 +69,9 @@ def collectives(text: str, shape: Mapping[str, int]) -> list[Row]:
     first suffices as a rule. So a pipeline's bubbles count as if they were busy.
 
     Args:
-        text: of a compiled program (`compiled.as_text()`).
+        program: a compiled one.
         shape: sizes of the mesh's axes, in order.
     """
-    program = parse(text)
     found = _merged(_run(program, program.entry, shape, {}))
     return sorted(found, key=lambda row: (-row.sent, row.kind, row.axes, row.dtype))
 

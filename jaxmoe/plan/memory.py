@@ -11,16 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AbstractDevice
 
 from jaxmoe import mesh as mesh_lib
 from jaxmoe.config import Config
 from jaxmoe.model import pipeline
 from jaxmoe.plan.liveness import Held, peak_of
 from jaxmoe.run.state import abstract_state
-from jaxmoe.run.step import Batch, train_step
+from jaxmoe.run.step import abstract_batch, train_step
 
 # Tracing for NVIDIA's cuDNN needs cuDNN, so GPUs are traced with TPU's kernels: both attentions
 # keep outputs and log-sum-exps, both expert kernels the same rows.
@@ -77,20 +75,14 @@ def forecast(config: Config, n_devices: int, backend: str) -> Memory:
     Raises:
         UserError: the mesh does not divide the devices, a dim or the batch.
     """
-    mesh = _mesh(config, n_devices, backend)
-    sizes = dict(mesh.shape)
-    train = config.train
-    mesh_lib.check_batch(mesh, "train.batch_size", train.batch_size, train.accumulate)
-    rows = NamedSharding(mesh, P(mesh_lib.BATCH, None))
-    b, length = train.batch_size, train.seq_len
-    batch = Batch(
-        tokens_BL=jax.ShapeDtypeStruct((b, length + 1), jnp.int32, sharding=rows),
-        weights_BL=jax.ShapeDtypeStruct((b, length), jnp.float32, sharding=rows),
-    )
+    kind, platform = TRACED_AS[backend]
+    device = AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
+    mesh = mesh_lib.abstract(config.mesh, n_devices, device)
+    batch = abstract_batch(config, mesh)
     with jax.sharding.use_abstract_mesh(mesh):
         state = abstract_state(config, mesh)
         traced = train_step.trace(state, batch, config)
-    held = peak_of(traced.jaxpr, sizes, cpu=backend == "cpu").held
+    held = peak_of(traced.jaxpr, dict(mesh.shape), cpu=backend == "cpu").held
     parts = {"gradients": 0, "kept": 0, "working": 0}
     for buffer in held:
         parts[_part(buffer)] += buffer.size
@@ -111,18 +103,6 @@ def microbatches(config: Config, n_devices: int) -> int:
     ways = math.prod(sizes[axis] for axis in mesh_lib.BATCH) * config.train.accumulate
     rows = max(1, config.train.batch_size // ways)
     return pipeline.schedule(config.mesh, sizes["stage"], rows).microbatches
-
-
-def _mesh(config: Config, n_devices: int, backend: str) -> AbstractMesh:
-    shape = mesh_lib.sizes(config.mesh, n_devices)
-    kind, platform = TRACED_AS[backend]
-    device = AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
-    return AbstractMesh(
-        tuple(shape.values()),
-        mesh_lib.AXES,
-        axis_types=(AxisType.Explicit,) * len(mesh_lib.AXES),
-        abstract_device=device,
-    )
 
 
 def _part(held: Held) -> str:

@@ -7,6 +7,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from jaxmoe import mesh as mesh_lib
 from jaxmoe.plan.answer import Answer
 from jaxmoe.plan.forecast import Run
 from jaxmoe.plan.memory import microbatches
@@ -41,9 +42,8 @@ def show_found(found: Found, console: Console) -> None:
 
 
 def mesh_text(answer: Answer) -> str:
-    text = " x ".join(f"{axis}={size}" for axis, size in answer.sizes.items() if size > 1)
     rounds = answer.config.mesh.rounds
-    return (text or "one device") + (f", {rounds} rounds" if rounds > 1 else "")
+    return mesh_lib.describe(answer.sizes) + (f", {rounds} rounds" if rounds > 1 else "")
 
 
 def seconds(value: float) -> str:

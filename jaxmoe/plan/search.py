@@ -45,13 +45,13 @@ def search(
     traced: int = TRACED,
 ) -> Found:
     """`progress` is told after each candidate."""
-    candidates = [c for c in variants(config, n_devices) if _divides(c, n_devices)]
+    candidates = [
+        (c, size) for c in variants(config, n_devices) if (size := _least(c, n_devices)) is not None
+    ]
     timed, too_large = [], 0
-    for number, candidate in enumerate(candidates, start=1):
+    for number, (candidate, size) in enumerate(candidates, start=1):
         progress(number, len(candidates) + traced)
-        # Gradients are as large as parameters.
-        parameters, moments = state_bytes(candidate, n_devices)
-        if 2 * parameters + moments > chip.hbm:
+        if size > chip.hbm:
             too_large += 1
             continue
         step, _ = step_time(candidate, n_devices, chip, None, efficiency)
@@ -117,13 +117,14 @@ def _divisors(n: int) -> list[int]:
     return sorted({*small, *(n // d for d in small)})
 
 
-def _divides(config: Config, n_devices: int) -> bool:
+def _least(config: Config, n_devices: int) -> int | None:
+    """Bytes that a device needs at least; None where something does not divide."""
     ways = n_devices // (config.mesh.model * config.mesh.context)
     if config.train.batch_size % ways:  # the cheapest rule first
-        return False
+        return None
     try:
         check(config)
-        state_bytes(config, n_devices)
+        parameters, moments = state_bytes(config, n_devices)
     except UserError:
-        return False
-    return True
+        return None
+    return 2 * parameters + moments  # gradients are as large as parameters

@@ -89,8 +89,7 @@ class Trainer:
 
         def as_saved(meta: dict[str, Any]) -> TrainState:
             rounds = meta["config"]["mesh"].get("rounds", 1)
-            same = rounds == self.config.mesh.rounds
-            return abstract if same else state_as_saved(self.config, self.mesh, rounds)
+            return state_as_saved(self.config, self.mesh, rounds)
 
         restored = self.checkpoints.restore(abstract, as_saved)
         if restored is None:
@@ -108,12 +107,8 @@ class Trainer:
         if place is None:
             return init_state(self.config, self.mesh)
         stored = self.origin or open_params(Path(place))
-        params = abstract_state(self.config, self.mesh).params
-        if self.config.mesh.rounds == 1:
-            params = stored.load(params)
-        else:
-            by_layer = state_as_saved(self.config, self.mesh, 1).params
-            params = relaid(stored.load(by_layer), params)
+        by_layer = state_as_saved(self.config, self.mesh, 1).params
+        params = relaid(stored.load(by_layer), abstract_state(self.config, self.mesh).params)
         for line in stored.differences(self.config.model):
             self._event("init", 0, f"trained on with another model.{line}")
         self._event("init", 0, f"parameters from {stored.where}")

@@ -77,8 +77,10 @@ class Params:
 
     def _by_layer(self, name: str, array: Any) -> Any:
         """[rounds, layers of a round, ...] as [layers, ...]; a view."""
+        if self.rounds == 1:
+            return array
         specs = dict(tree.named_leaves(lm_specs(self.model), is_leaf=is_spec))
-        if self.rounds == 1 or specs[name].axes[0] != "layers":
+        if specs[name].axes[0] != "layers":
             return array
         return tensorstore.concat([array[k] for k in range(self.rounds)], axis=0)
 

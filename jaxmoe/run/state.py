@@ -50,8 +50,11 @@ def abstract_state(config: Config, mesh: Any, rules: mesh_lib.Rules = mesh_lib.S
 
 
 def state_as_saved(config: Config, mesh: Any, rounds: int) -> TrainState:
-    """The abstract state of a checkpoint whose run had another number of the pipeline's rounds: its
-    layers are whole on every stage, since they need not divide over the stages of this mesh."""
+    """The abstract state of a checkpoint whose run had `rounds` of the pipeline. With others: its
+    layers are whole on every stage, since they need not divide over the stages of this mesh. With
+    the same number, just `abstract_state`."""
+    if rounds == config.mesh.rounds:
+        return abstract_state(config, mesh)
     there = replace(config, mesh=replace(config.mesh, rounds=rounds))
     return abstract_state(there, mesh, {**mesh_lib.STORE, "layers": ()})
 

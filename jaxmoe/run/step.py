@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxmoe import mesh
 from jaxmoe.config import Config
@@ -38,6 +40,26 @@ class Batch:
 
     def targets(self) -> Array:
         return self.tokens_BL[:, 1:]
+
+
+def abstract_batch(config: Config, where: Mesh | AbstractMesh) -> Batch:
+    """Shapes, dtypes and shardings of a training batch.
+
+    Raises:
+        UserError: it does not divide over the mesh, or in train.accumulate parts.
+    """
+    train = config.train
+    mesh.check_batch(where, "train.batch_size", train.batch_size, train.accumulate)
+    rows = NamedSharding(where, P(mesh.BATCH, None))
+
+    def shaped(length: int, dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((train.batch_size, length), dtype, sharding=rows)
+
+    return Batch(
+        tokens_BL=shaped(train.seq_len + 1, jnp.int32),
+        weights_BL=shaped(train.seq_len, jnp.float32),
+        documents_BL=shaped(train.seq_len, jnp.int32) if config.data.document_mask else None,
+    )
 
 
 @struct.dataclass

@@ -17,7 +17,7 @@ from jaxmoe.config_check import check
 from jaxmoe.model.lm import lm_specs
 from jaxmoe.model.stack import main_segment, segments
 from jaxmoe.run.state import abstract_state, make_optimizer
-from jaxmoe.run.step import Batch, train_step
+from jaxmoe.run.step import abstract_batch, train_step
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -64,14 +64,7 @@ def large_mesh(config: Config, n_devices: int = 512) -> MeshConfig:
 def step_types(config: Config, n_devices: int) -> None:
     mesh = mesh_lib.abstract(config.mesh, n_devices)
     mesh_lib.shardings(lm_specs(config.model), mesh)
-    train = config.train
-    mesh_lib.check_batch(mesh, "train.batch_size", train.batch_size, train.accumulate)
-    rows, b, length = jax.P(mesh_lib.BATCH), config.train.batch_size, config.train.seq_len
-    sharding = jax.NamedSharding(mesh, rows)
-    batch = Batch(
-        tokens_BL=jax.ShapeDtypeStruct((b, length + 1), jnp.int32, sharding=sharding),
-        weights_BL=jax.ShapeDtypeStruct((b, length), jnp.float32, sharding=sharding),
-    )
+    batch = abstract_batch(config, mesh)
     with jax.sharding.use_abstract_mesh(mesh):
         state = abstract_state(config, mesh)
         new, metrics = jax.eval_shape(train_step, state, batch, config)

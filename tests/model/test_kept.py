@@ -9,13 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from jaxmoe import mesh as mesh_lib
 from jaxmoe.config import Config, MeshConfig, ModelConfig, TrainConfig
 from jaxmoe.run.state import abstract_state
-from jaxmoe.run.step import Batch, train_step
+from jaxmoe.run.step import abstract_batch, train_step
 
 R, B, L = 5, 8, 12
 MODEL = ModelConfig(
@@ -53,11 +51,7 @@ def scans(jaxpr: Any) -> Iterator[Any]:
 def kept() -> list[Any]:
     """Types of what the first scan over layers stacks."""
     mesh = mesh_lib.abstract(CONFIG.mesh, 8)
-    rows = NamedSharding(mesh, P(mesh_lib.BATCH, None))
-    batch = Batch(
-        tokens_BL=jax.ShapeDtypeStruct((B, L + 1), jnp.int32, sharding=rows),
-        weights_BL=jax.ShapeDtypeStruct((B, L), jnp.float32, sharding=rows),
-    )
+    batch = abstract_batch(CONFIG, mesh)
     with jax.sharding.use_abstract_mesh(mesh):
         jaxpr = train_step.trace(abstract_state(CONFIG, mesh), batch, CONFIG).jaxpr
     layers = next(eqn for eqn in scans(jaxpr.jaxpr) if eqn.params["length"] == R)

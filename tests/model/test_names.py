@@ -22,6 +22,7 @@ import jaxmoe
 from jaxmoe import mesh as mesh_lib
 from jaxmoe.config import (
     Config,
+    DataConfig,
     MeshConfig,
     MlaConfig,
     ModelConfig,
@@ -30,7 +31,7 @@ from jaxmoe.config import (
     TrainConfig,
 )
 from jaxmoe.run.state import abstract_state
-from jaxmoe.run.step import Batch, eval_step, train_step
+from jaxmoe.run.step import abstract_batch, eval_step, train_step
 
 PACKAGE = Path(jaxmoe.__file__).parent
 CHECKED = ("model", "kernels")
@@ -201,16 +202,14 @@ def traced(name: str) -> Names:
     """The train step and the evaluation step, traced on an abstract mesh of 2 x 2 x 2: with
     experts in three ways, and with sequences on two devices."""
     model, has_documents = MODELS[name]
-    config = Config(model=model, train=TrainConfig(batch_size=BATCH_SIZE, seq_len=LENGTH))
+    config = Config(
+        model=model,
+        data=DataConfig(document_mask=has_documents),
+        train=TrainConfig(batch_size=BATCH_SIZE, seq_len=LENGTH),
+    )
     axes = {"context": 2} if name in ("ring", "gather") else {"expert": 2}
     mesh = mesh_lib.abstract(MeshConfig(data=2, model=2, **axes), 8)
-    rows = jax.NamedSharding(mesh, jax.P(mesh_lib.BATCH))
-    whole = jax.ShapeDtypeStruct((BATCH_SIZE, LENGTH), jnp.int32, sharding=rows)
-    batch = Batch(
-        tokens_BL=jax.ShapeDtypeStruct((BATCH_SIZE, LENGTH + 1), jnp.int32, sharding=rows),
-        weights_BL=jax.ShapeDtypeStruct((BATCH_SIZE, LENGTH), jnp.float32, sharding=rows),
-        documents_BL=whole if has_documents else None,
-    )
+    batch = abstract_batch(config, mesh)
     with jax.sharding.use_abstract_mesh(mesh), names_checked(model) as names:
         state = abstract_state(config, mesh)
         jax.eval_shape(train_step, state, batch, config)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import hlo, on, put
 
@@ -15,6 +16,7 @@ from jaxmoe.errors import UserError
 from jaxmoe.mesh import BATCH, tokens
 from jaxmoe.model import pipeline
 from jaxmoe.model.pipeline import Schedule
+from jaxmoe.plan.hlo import largest, parse
 from jaxmoe.run.state import abstract_state, init_state, relaid, state_as_saved
 from jaxmoe.run.step import Batch, eval_step
 from jaxmoe.spec import Spec, in_rounds
@@ -134,6 +136,38 @@ MODEL = ModelConfig(
     router=RouterConfig(balance_bias_rate=0.1),
 )
 CONFIG = WholeConfig(model=MODEL, train=TrainConfig(batch_size=8, seq_len=L))
+
+
+def test_no_device_has_more_of_the_weights_than_its_own() -> None:
+    """Neither gathered over the axes that live inside of a stage, where the pipeline begins (what
+    jax_versions.py mends), nor kept once an iteration for the way back (what an item's VJP is
+    for)."""
+    mesh, width = on(stage=2, data=2, model=2), 128
+    own = LAYERS // 2 * width * width // 2
+
+    def layer(x: Any, weights: Any) -> tuple[Any, Any]:
+        up, down = weights
+        y = jnp.einsum("blf,fd->bld", jnp.tanh(x @ up), down, out_sharding=tokens(None))
+        return x + y, {"x": (x**2).sum()}
+
+    def loss(weights: Any, x: Any) -> Any:
+        part = lambda w, _, x, *rest: jax.lax.scan(layer, x, w)  # noqa: E731
+        plan = pipeline.schedule(MeshConfig(microbatches=4), 2, B // 4)
+        y, sums = pipeline.run(part, weights, None, x, jnp.zeros((B, L)), jnp.float32(0), plan)
+        return (y**2).sum() + sums["x"].sum()
+
+    def shaped(shape: tuple[int, ...], spec: P) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+
+    weights = (
+        shaped((LAYERS, width, width), P("stage", None, "model")),
+        shaped((LAYERS, width, width), P("stage", "model", None)),
+    )
+    with jax.set_mesh(mesh):
+        x = shaped((B, L, width), tokens(None))
+        text = hlo(jax.jit(jax.grad(loss)).lower(weights, x).compile())
+    ((most, _),) = largest(parse(text), 1)
+    assert most.elements == own, str(most)
 
 
 def placed(config: WholeConfig, mesh: Any) -> Any:

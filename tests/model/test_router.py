@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from meshes import ROWS, TOKENS, on, put
+from meshes import TOKENS, on, put
 from reference import assert_close
 
 from jaxmoe import spec as spec_lib
@@ -20,7 +20,7 @@ from jaxmoe.model import stack
 from jaxmoe.model.lm import make_places
 from jaxmoe.model.router import Router, RouterSums, route
 from jaxmoe.run.state import abstract_state, init_state
-from jaxmoe.run.step import Batch, train_step
+from jaxmoe.run.step import Batch, abstract_batch, train_step
 
 B, L, D, E, A = 8, 20, 10, 8, 3
 
@@ -203,13 +203,7 @@ def skewed(steps: int) -> np.ndarray:
 
 @functools.cache
 def compiled() -> Any:
-    state = abstract_state(SKEWED, on())
-    rows_of = jax.NamedSharding(on(), ROWS)
-    b, length = SKEWED.train.batch_size, SKEWED.train.seq_len
-    batch = Batch(
-        tokens_BL=jax.ShapeDtypeStruct((b, length + 1), jnp.int32, sharding=rows_of),
-        weights_BL=jax.ShapeDtypeStruct((b, length), jnp.float32, sharding=rows_of),
-    )
+    state, batch = abstract_state(SKEWED, on()), abstract_batch(SKEWED, on())
     with jax.set_mesh(on()), pytest.MonkeyPatch.context() as patch:
         patch.setattr(exchange, "CAPACITY_FACTORS", (1.25,))
         return train_step.lower(state, batch, SKEWED).compile()

@@ -1,5 +1,6 @@
 """Collectives of small programs on eight emulated devices: axes, counts and bytes, exactly."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -17,13 +18,17 @@ SHAPE = (8, 12)  # float32; every program starts with this array, whole or in pa
 BYTES = 8 * 12 * 4
 
 
+def sent(text: str, shape: Mapping[str, int]) -> list[Row]:
+    return collectives(hlo_lib.parse(text), shape)
+
+
 def rows_of(body: Any, spec_in: P, spec_out: P, dtype: Any = jnp.float32, **axes: int) -> list[Row]:
     mesh = on(**axes)
     mapped: Any = jax.shard_map(
         body, mesh=mesh, in_specs=spec_in, out_specs=spec_out, check_vma=False
     )
     x = jax.ShapeDtypeStruct(SHAPE, dtype, sharding=NamedSharding(mesh, spec_in))
-    return collectives(hlo(jax.jit(mapped).lower(x).compile()), mesh.shape)
+    return sent(hlo(jax.jit(mapped).lower(x).compile()), mesh.shape)
 
 
 def one(body: Any, spec_in: P, spec_out: P, dtype: Any = jnp.float32, **axes: int) -> Row:
@@ -131,7 +136,7 @@ def test_what_the_compiler_makes_of_explicit_sharding() -> None:
         return jnp.einsum("ab,cb->ac", x, x, out_sharding=P(None, None)), whole
 
     with jax.set_mesh(mesh):
-        rows = collectives(hlo(jax.jit(both).lower(x).compile()), mesh.shape)
+        rows = sent(hlo(jax.jit(both).lower(x).compile()), mesh.shape)
     axes = ("data", "model")
     reduced, gathered = 8 * 8 * 4, BYTES
     assert rows == [
@@ -209,7 +214,7 @@ ENTRY %main (a: f32[4]) -> f32[4] {
 def test_started_wrapped_and_looped() -> None:
     """What other backends write: -start forms, a collective in a computation of its own, and a loop
     whose length stands in its condition only."""
-    rows = collectives(TEXT, {"data": 2, "model": 2})
+    rows = sent(TEXT, {"data": 2, "model": 2})
     found = {(r.kind, r.axes, r.dtype): (r.count, r.bytes, r.sent) for r in rows}
     n = 24 - 2  # the compiler peeled two off
     assert found == {
@@ -224,7 +229,7 @@ def test_started_wrapped_and_looped() -> None:
         ("all-reduce", ("data", "model"), "f32"): (1, 16, 24),
     }
     assert not any(r.partial or r.unknown for r in rows)
-    some = collectives(TEXT.replace("replica_groups={}", "replica_groups={{0,3},{1,2}}"), {"x": 4})
+    some = sent(TEXT.replace("replica_groups={}", "replica_groups={{0,3},{1,2}}"), {"x": 4})
     (part,) = [r for r in some if r.kind == "all-reduce"]
     assert part.partial and part.axes == ("x",)
 

@@ -2,18 +2,15 @@
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import meshes
 import pytest
-from jax.sharding import NamedSharding
 
 from jaxmoe.config import Config, MeshConfig, ModelConfig, TrainConfig
+from jaxmoe.plan.aot import lower
 from jaxmoe.plan.collectives import collectives
 from jaxmoe.plan.hardware import find
+from jaxmoe.plan.hlo import parse
 from jaxmoe.plan.traffic import flows
-from jaxmoe.run.state import abstract_state
-from jaxmoe.run.step import Batch, train_step
 
 MODEL = ModelConfig(
     vocab_size=512,
@@ -46,14 +43,8 @@ def test_axes_of_the_compiled_step_are_those_of_the_plan(name: str) -> None:
         train=TrainConfig(batch_size=16, seq_len=128),
         mesh=MeshConfig(**{"data": 1, **axes}),
     )
-    rows = NamedSharding(mesh, meshes.ROWS)
-    batch = Batch(
-        tokens_BL=jax.ShapeDtypeStruct((16, 129), jnp.int32, sharding=rows),
-        weights_BL=jax.ShapeDtypeStruct((16, 128), jnp.float32, sharding=rows),
-    )
-    with jax.set_mesh(mesh):
-        program: Any = train_step.lower(abstract_state(config, mesh), batch, config).compile()
-    found = collectives(program.as_text(), mesh.shape)
+    program: Any = lower(config, mesh).compile()
+    found = collectives(parse(program.as_text()), mesh.shape)
     listed = {axis for flow in flows(config, dict(mesh.shape), find("h100")) for axis in flow.axes}
     total = sum(row.sent for row in found)
     sent = {axis for row in found if row.sent > SMALL * total for axis in row.axes}

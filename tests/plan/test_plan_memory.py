@@ -13,9 +13,8 @@ from jax.sharding import NamedSharding
 from jaxmoe.config import Config, MeshConfig, ModelConfig, TrainConfig, replace
 from jaxmoe.errors import UserError
 from jaxmoe.plan import liveness
+from jaxmoe.plan.aot import lower
 from jaxmoe.plan.memory import Memory, forecast, microbatches, state_bytes
-from jaxmoe.run.state import abstract_state
-from jaxmoe.run.step import Batch, train_step
 
 MODEL = ModelConfig(
     vocab_size=2048, d_model=192, n_layers=5, n_heads=6, n_kv_heads=2, d_head=32, d_ff=224
@@ -43,14 +42,7 @@ def as_in_training() -> Iterator[None]:
 def compiled(config: Config, n: int) -> Any:
     axes = {axis: getattr(config.mesh, axis) for axis in ("data", "expert", "model")}
     mesh = meshes.on(**{**axes, "data": n // (axes["expert"] * axes["model"])})
-    rows = NamedSharding(mesh, meshes.ROWS)
-    b, length = config.train.batch_size, config.train.seq_len
-    batch = Batch(
-        tokens_BL=jax.ShapeDtypeStruct((b, length + 1), jnp.int32, sharding=rows),
-        weights_BL=jax.ShapeDtypeStruct((b, length), jnp.float32, sharding=rows),
-    )
-    with jax.set_mesh(mesh):
-        return train_step.lower(abstract_state(config, mesh), batch, config).compile()
+    return lower(config, mesh).compile()
 
 
 @pytest.mark.usefixtures("as_in_training")

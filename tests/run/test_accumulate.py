@@ -22,7 +22,7 @@ from jaxmoe.config_check import check
 from jaxmoe.errors import UserError
 from jaxmoe.model.lm import lm_loss
 from jaxmoe.run.state import abstract_state, init_state
-from jaxmoe.run.step import Batch, train_step
+from jaxmoe.run.step import Batch, abstract_batch, train_step
 
 B, L, STEPS = 16, 12, 3
 MODEL = ModelConfig(
@@ -167,10 +167,7 @@ def test_activations_are_those_of_one_part() -> None:
         train = TrainConfig(batch_size=64, seq_len=48, accumulate=parts)
         config = replace(CONFIG, train=train)
         with jax.set_mesh(on()):
-            batch = Batch(
-                jax.ShapeDtypeStruct((64, 49), np.int32, sharding=ROWS_OF_ONE),
-                jax.ShapeDtypeStruct((64, 48), np.float32, sharding=ROWS_OF_ONE),
-            )
+            batch = abstract_batch(config, on())
             lowered = train_step.lower(abstract_state(config, on()), batch, config)
             analysis: Any = lowered.compile().memory_analysis()
             return analysis.temp_size_in_bytes
