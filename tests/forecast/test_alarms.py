@@ -152,7 +152,8 @@ def test_two_losses_beyond_the_registered_band(loss: float, kind: str) -> None:
 def test_sides_of_the_band_do_not_add_up() -> None:
     band = Band(path())
     assert [band.add(s, v)[1] for s, v in ((100, 3.3), (150, 2.7), (200, 3.3))] == [None] * 3
-    assert band.add(250, 3.3)[1] is not None
+    assert band.add(250, 2.7)[1] is None
+    assert band.add(280, 2.7)[1] is not None  # nor do they cancel
 
 
 def test_every_kind_says_where_to_look() -> None:
