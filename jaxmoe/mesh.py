@@ -30,7 +30,9 @@ AXES = ("replica", "stage", "data", "context", "expert", "model")
 # tokens sit on all its devices, and travel to their experts by all-to-all. The stage axis is one
 # too, but inside of the pipeline: embedding, head and layers outside of it are spread over stages.
 BATCH = ("replica", "data", "expert", "stage")
+REPLICA = "replica"
 
+Array = jax.Array
 MeshAxes = tuple[str, ...]
 
 # How parameters rest: every large dim sharded. Dense weights shard their embed dim over `expert` as
@@ -224,6 +226,18 @@ def batch() -> MeshAxes:
     return tuple(axis for axis in BATCH if axis not in manual)
 
 
+def replica() -> Array | None:
+    """Which one this is, where arrays have the rows of one alone: in a region that is manual over
+    `replica` (run/step.py). None elsewhere."""
+    return jax.lax.axis_index(REPLICA) if _by_replica() else None
+
+
+def over_replicas(sums: Any) -> Any:
+    """Sums over the rows that are here, as those of the whole batch. Their gradient is that of the
+    rows which are here: those of all replicas are to be added up, too, once."""
+    return _added_up(sums) if _by_replica() else sums
+
+
 def ways(axes: MeshAxes) -> int:
     """Into how many parts these axes cut a dim, on the mesh that the trace is for."""
     shape = dict(jax.sharding.get_abstract_mesh().shape)
@@ -292,6 +306,18 @@ def concrete(abstract_tree: Any, mesh: Mesh) -> Any:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
     return jax.tree.map(one, abstract_tree)
+
+
+def _by_replica() -> bool:
+    return REPLICA in jax.sharding.get_abstract_mesh().manual_axes
+
+
+@jax.custom_vjp
+def _added_up(sums: Any) -> Any:
+    return jax.lax.psum(sums, REPLICA)
+
+
+_added_up.defvjp(lambda sums: (_added_up(sums), None), lambda _, cotangents: (cotangents,))
 
 
 def _stream(length: int) -> P:

@@ -73,22 +73,50 @@ def own_parts(arrays: Any, cfg: OptimConfig) -> Any:
 
     def one(x: Array) -> Array:
         sharding = jax.typeof(x).sharding
-        replicas = 1 if sharding.mesh.empty else sharding.mesh.shape["replica"]
-        if replicas == 1:
-            return x
         entries = [_axes(entry) for entry in sharding.spec]
         entries += [()] * (x.ndim - len(entries))
-        for dim, axes in enumerate(entries):
-            ways = replicas * math.prod(sharding.mesh.shape[axis] for axis in axes)
-            if x.shape[dim] % ways == 0:
-                # Last, so that each device cuts what it holds.
-                entries[dim] = (*axes, "replica")
-                return jax.reshard(
-                    x, sharding.update(spec=P(*(entry or None for entry in entries)))
-                )
-        return x
+        dim = _own_dim(x.shape, entries, sharding.mesh)
+        return x if dim is None else jax.reshard(x, sharding.update(spec=_own_spec(entries, dim)))
 
     return jax.tree.map(one, arrays) if cfg.shard_over_replica else arrays
+
+
+def added_up(each: Any, cfg: OptimConfig) -> Any:
+    """Gradients [replica, ...] of all replicas -> their sums, as `own_parts` has them. The only
+    time that they cross `replica`: as float32, and as parameters rest."""
+
+    def one(x: Array) -> Array:
+        sharding = jax.typeof(x).sharding
+        entries = [_axes(entry) for entry in sharding.spec]
+        entries = [*entries, *[()] * (x.ndim - len(entries))][1:]
+        dim = _own_dim(x.shape[1:], entries, sharding.mesh) if cfg.shard_over_replica else None
+
+        def local(own: Array) -> Array:
+            if dim is None:
+                return jax.lax.psum(own[0], mesh.REPLICA)
+            return jax.lax.psum_scatter(own[0], mesh.REPLICA, scatter_dimension=dim, tiled=True)
+
+        out = P(*entries) if dim is None else _own_spec(entries, dim)
+        return jax.shard_map(local, out_specs=out)(x)
+
+    return jax.tree.map(one, each)
+
+
+def _own_dim(shape: tuple[int, ...], entries: list[mesh.MeshAxes], on: Any) -> int | None:
+    """The first dim that divides over the replicas, too; none where they already share one."""
+    replicas = 1 if on.empty else on.shape[mesh.REPLICA]
+    if replicas == 1 or any(mesh.REPLICA in axes for axes in entries):
+        return None
+    for dim, axes in enumerate(entries):
+        if shape[dim] % (replicas * math.prod(on.shape[axis] for axis in axes)) == 0:
+            return dim
+    return None
+
+
+def _own_spec(entries: list[mesh.MeshAxes], dim: int) -> P:
+    """`replica` last of that dim's axes, so that each device cuts what it holds."""
+    own = [(*axes, mesh.REPLICA) if i == dim else axes for i, axes in enumerate(entries)]
+    return P(*(axes or None for axes in own))
 
 
 def _axes(entry: Any) -> mesh.MeshAxes:

@@ -5,6 +5,7 @@ is taken while the logits are at hand, in the forward pass: the backward pass on
 nothing is computed twice.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -166,8 +167,11 @@ def _spec(a: Array) -> tuple[Any, ...]:
 
 
 def _local(a: Array) -> int:
-    """Positions of L on one device."""
-    return jax.typeof(a).sharding.shard_shape(a.shape)[1]
+    """Positions of L on one device. `shard_shape` would not do: it fails where an axis of the mesh
+    is manual (jax 0.10.2, op_shardings.py, "Unhandled OpSharding type")."""
+    over, mesh = _spec(a)[1] or (), jax.typeof(a).sharding.mesh
+    axes = over if isinstance(over, tuple) else (over,)
+    return a.shape[1] // math.prod(mesh.shape[axis] for axis in axes)
 
 
 def _on(a: Array, *spec: Any) -> NamedSharding | None:

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxmoe.config import MeshConfig, ModelConfig
 from jaxmoe.context import collected, spread
 from jaxmoe.kernels.cross_entropy import LossSums, cross_entropy, soft_capped
-from jaxmoe.mesh import from_stream, gather, to_stream, tokens
+from jaxmoe.mesh import from_stream, gather, over_replicas, to_stream, tokens
 from jaxmoe.model.attention import Places
 from jaxmoe.model.norm import rms_norm, rms_norm_specs
 from jaxmoe.model.rope import make_turns
@@ -117,7 +117,7 @@ def lm_loss(
     head_DV = _head(params, cfg)
 
     def loss(x_BLD: Array, targets_BL: Array, weights_BL: Array) -> LossSums:
-        return cross_entropy(
+        sums = cross_entropy(
             x_BLD,
             head_DV,
             spread(targets_BL),
@@ -126,6 +126,7 @@ def lm_loss(
             z_coef=cfg.z_loss_coef,
             soft_cap=cfg.logit_soft_cap,
         )
+        return over_replicas(sums)
 
     with jax.named_scope("loss"):
         sums = loss(x_BLD, targets_BL, weights_BL)
@@ -142,6 +143,7 @@ def lm_loss(
         per_token = jnp.maximum(further.weight if whole is None else whole.mtp[k - 1], 1e-6)
         total += cfg.mtp_coef / cfg.n_mtp * further.total / per_token * weight
         nlls.append(further.nll / per_token)
+    by_segment = over_replicas(by_segment)
     sums_of_all = in_order(by_segment)
     router = None if sums_of_all is None else sums_of_all.means(cfg)
     if whole is not None:
@@ -163,9 +165,9 @@ def denominators(
     ahead = range(1, cfg.n_mtp + 1)
     further = [(_ahead(weights_BL, k) * _same_document(documents_BL, k)).sum() for k in ahead]
     return Denominators(
-        weight=weights_BL.sum(),
+        weight=over_replicas(weights_BL.sum()),
         tokens=_valid(tokens_BL, documents_BL),
-        mtp=jnp.stack(further) if further else jnp.zeros(0, jnp.float32),
+        mtp=over_replicas(jnp.stack(further)) if further else jnp.zeros(0, jnp.float32),
     )
 
 
@@ -337,5 +339,5 @@ def _same_document(documents_BL: Array | None, k: int) -> Array | float:
 def _valid(tokens_BL: Array, documents_BL: Array | None) -> Array:
     """How many tokens are no padding."""
     if documents_BL is None:
-        return jnp.float32(tokens_BL.size)
-    return (documents_BL > 0).astype(jnp.float32).sum()
+        return over_replicas(jnp.float32(tokens_BL.size))
+    return over_replicas((documents_BL > 0).astype(jnp.float32).sum())

@@ -248,17 +248,18 @@ def _split(a: Array, plan: Schedule) -> Array:
     def local(a: Array) -> Array:
         return a.reshape(1, plan.groups, -1, *a.shape[1:])
 
-    return jax.shard_map(local, out_specs=P(AXIS, None, *_spec(a)))(a)
+    own = jax.typeof(a).sharding.spec
+    return jax.shard_map(local, in_specs=own, out_specs=P(AXIS, None, *_spec(a)))(a)
 
 
 def _joined(a: Array) -> Array:
     """The inverse of `_split`."""
-    rest = tuple(jax.typeof(a).sharding.spec)[3:]
+    own = jax.typeof(a).sharding.spec
 
     def local(a: Array) -> Array:
         return a.reshape(-1, *a.shape[3:])
 
-    return jax.shard_map(local, out_specs=P(batch(), *rest))(a)
+    return jax.shard_map(local, in_specs=own, out_specs=P(batch(), *tuple(own)[3:]))(a)
 
 
 def _everywhere(a: Array) -> Array:

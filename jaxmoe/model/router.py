@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import ModelConfig, RouterConfig
 from jaxmoe.context import spread
-from jaxmoe.mesh import batch
+from jaxmoe.mesh import batch, replica
 from jaxmoe.model.remat import CHOICE, named
 from jaxmoe.spec import Spec
 
@@ -33,7 +33,8 @@ class RouterStats:
     router_z: Array  # mean of logsumexp^2 of the router's logits
     bias_low: Array  # of balance_bias_E; 0 without
     bias_high: Array
-    overflow: Array  # 1.0 where the first size of the experts' buffers did not suffice (moe.py)
+    # Share of the passes in which the first size of the experts' buffers did not suffice (moe.py).
+    overflow: Array
 
 
 @struct.dataclass
@@ -51,7 +52,7 @@ class RouterSums:
     bias_low: Array  # of each pass, the same in all of them
     bias_high: Array
     overflow: Array
-    passes: Array  # parts added up
+    passes: Array  # parts and replicas added up
 
     def means(self, cfg: ModelConfig) -> RouterStats:
         """Of the whole batch: the load-balance loss of scope "global" is not the mean of parts."""
@@ -124,6 +125,9 @@ def _jittered(x_BLD: Array, jitter: float, key: Array | None) -> Array:
         return x_BLD
     b, length, width = x_BLD.shape
     places = jnp.arange(b * length, dtype=jnp.int32).reshape(b, length)
+    own = replica()
+    if own is not None:  # after the rows of those before
+        places += own * b * length
     places_BL = jax.reshard(spread(places), P(batch(), "context"))
 
     def draw(place: Array) -> Array:

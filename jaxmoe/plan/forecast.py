@@ -1,9 +1,10 @@
 """Step time by a roofline, and what a run takes: days, energy, money.
 
-step = (max(compute, memory, hidden traffic) + open traffic) / (1 - bubble) + update
+step = (max(compute, memory, hidden traffic) + open traffic) / (1 - bubble) + last traffic + update
 
 compute: FLOPs with recomputation over peak x efficiency. Hidden traffic runs beside compute
-(weights, gradients); open traffic is waited for (sums over `model`, rows to experts, the ring).
+(weights, gradients); open traffic is waited for (sums over `model`, rows to experts, the ring); the
+last is that of gradients over `replica`, when all stages are done.
 """
 
 import math
@@ -30,7 +31,7 @@ class StepTime:
     Attributes:
         compute: matmuls, those computed again included, at the attainable share of the peak.
         memory: weights, activations and buffers through HBM.
-        hidden, open: traffic that runs beside compute, and that does not.
+        hidden, open, last: traffic that runs beside compute, that does not, and after all of it.
         bubble: share of the step in which a stage of the pipeline has nothing to do.
         update: the optimiser's pass over its state, through HBM.
         recomputed: FLOPs computed twice over model FLOPs.
@@ -40,6 +41,7 @@ class StepTime:
     memory: float
     hidden: float
     open: float
+    last: float
     bubble: float
     update: float
     recomputed: float
@@ -47,13 +49,13 @@ class StepTime:
     @property
     def seconds(self) -> float:
         busy = max(self.compute, self.memory, self.hidden) + self.open
-        return busy / (1 - self.bubble) + self.update
+        return busy / (1 - self.bubble) + self.last + self.update
 
     @property
     def bound(self) -> str:
         """What the step waits for most."""
         largest = max(self.compute, self.memory, self.hidden)
-        if self.open > largest:
+        if self.open + self.last > largest:
             return "traffic"
         return {self.compute: "compute", self.memory: "memory", self.hidden: "traffic"}[largest]
 
@@ -103,7 +105,8 @@ def step_time(
         compute=flops * (1 + again) / (chips * chip_peak(config, chip) * efficiency),
         memory=through * share / chip.hbm_bandwidth,
         hidden=sum(f.seconds for f in travelling if f.hidden) * share,
-        open=sum(f.seconds for f in travelling if not f.hidden) * share,
+        open=sum(f.seconds for f in travelling if not (f.hidden or f.last)) * share,
+        last=sum(f.seconds for f in travelling if f.last) * share,
         bubble=(stages - 1) / (count + stages - 1),
         # float32 parameters and two moments read and written, gradients written and read twice.
         update=share * 4 * 9 * _local_params(config, sizes) / chip.hbm_bandwidth,

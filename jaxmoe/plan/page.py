@@ -119,7 +119,7 @@ def _traffic(answer: Answer) -> Group:
             flow.link,
             f"{amount(flow.bandwidth)}/s",
             seconds(flow.seconds),
-            "beside compute" if flow.hidden else "waited for",
+            "beside compute" if flow.hidden else "at the end" if flow.last else "waited for",
         )
     return Group(Rule("traffic", align="left"), table if answer.flows else Text("none: one device"))
 
@@ -137,6 +137,7 @@ def _time(answer: Answer) -> Group:
             ("memory", seconds(s.memory)),
             ("traffic beside them", seconds(s.hidden)),
             ("traffic waited for", seconds(s.open)),
+            ("traffic at the end", seconds(s.last)),
             ("bubble of the pipeline", f"{s.bubble:.1%}"),
             ("update", seconds(s.update)),
             ("step", f"{seconds(s.seconds)}, bound by {s.bound}"),

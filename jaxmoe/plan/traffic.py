@@ -35,6 +35,7 @@ class Flow:
         bandwidth: bytes a second of the link that it is held up by.
         link: "link" inside of an island, "network" between them, "both".
         hidden: whether it can run beside the compute that it does not wait for.
+        last: whether it runs once, after all compute; then no bubble of a pipeline lengthens it.
     """
 
     kind: str
@@ -43,6 +44,7 @@ class Flow:
     bandwidth: float
     link: str
     hidden: bool
+    last: bool = False
 
     @property
     def seconds(self) -> float:
@@ -80,6 +82,7 @@ def flows(config: Config, sizes: dict[str, int], chip: Hardware) -> list[Flow]:
     )
     found = [
         *_of_weights(config, sizes, chip, shape),
+        _of_replicas(config, sizes, chip, shape),
         *_of_activations(config, sizes, chip, shape),
     ]
     return [flow for flow in found if flow.sent > 0]
@@ -90,7 +93,6 @@ def _of_weights(config: Config, sizes: dict[str, int], chip: Hardware, shape: _S
     layers = jax.tree.leaves(specs.layers, is_leaf=is_spec)
     others = jax.tree.leaves([specs.embed_VD, specs.head_DV, specs.mtp], is_leaf=is_spec)
     gathered: dict[tuple[str, ...], float] = {}
-    replicated = 0.0
     for spec, share, times in (
         # Each microbatch passes its layers with weights gathered anew (XLA may keep them).
         *((s, shape.layers, shape.repeats) for s in layers if s.axes[0] == "layers"),
@@ -105,16 +107,22 @@ def _of_weights(config: Config, sizes: dict[str, int], chip: Hardware, shape: _S
         passes = 2 + (config.model.remat != "none" or "experts" in spec.axes) + (times > 1)
         moved = (group - 1) / group * whole
         gathered[axes] = gathered.get(axes, 0.0) + times * passes * moved
-        replicated += whole / group
-    made = [
+    return [
         _flow("weights gathered, gradients scattered", axes, sent, sizes, chip, hidden=True)
         for axes, sent in gathered.items()
     ]
-    over = [axis for axis in ("replica",) if sizes[axis] > 1]
-    for axis in over:
-        sent = 2 * (sizes[axis] - 1) / sizes[axis] * replicated
-        made.append(_flow("gradients added up", (axis,), sent, sizes, chip, hidden=True))
-    return made
+
+
+def _of_replicas(config: Config, sizes: dict[str, int], chip: Hardware, shape: _Shape) -> Flow:
+    """Gradients once a step (run/step.py), float32 and spread as parameters rest. With
+    optim.shard_over_replica they are scattered and the updates gathered, which is as much."""
+    rest = 0.0
+    for spec in jax.tree.leaves(lm_specs(config.model), is_leaf=is_spec):
+        share = shape.layers if spec.axes[0] == "layers" else 1.0
+        rest += 4 * share * spec.size / _ways(spec, mesh_lib.STORE, sizes)
+    group = sizes[mesh_lib.REPLICA]
+    sent = 2 * (group - 1) / group * rest
+    return _flow("gradients added up", (mesh_lib.REPLICA,), sent, sizes, chip, last=True)
 
 
 def _of_activations(

@@ -21,7 +21,7 @@ from jaxmoe.config import Config
 from jaxmoe.kernels.cross_entropy import LossSums
 from jaxmoe.model.lm import Denominators, Lm, LmStats, denominators, lm_loss, move_balance_bias
 from jaxmoe.model.router import RouterStats
-from jaxmoe.optim import own_parts
+from jaxmoe.optim import added_up
 from jaxmoe.run.state import TrainState, make_optimizer
 
 Array = jax.Array
@@ -80,10 +80,7 @@ def train_step(state: TrainState, batch: Batch, config: Config) -> tuple[TrainSt
     if config.model.router.jitter:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
 
-    if config.train.accumulate == 1:
-        grads, (sums, stats) = _gradients(state.params, batch, config, key)
-    else:
-        grads, (sums, stats) = _accumulated(state.params, batch, config, key)
+    grads, (sums, stats) = gradients(state.params, batch, config, key)
     updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
     params: Any = optax.apply_updates(state.params, updates)
     params = move_balance_bias(params, stats, config.model)
@@ -91,6 +88,36 @@ def train_step(state: TrainState, batch: Batch, config: Config) -> tuple[TrainSt
     return new, StepMetrics(
         sums=sums, router=stats.router, mtp_nll=stats.mtp_nll, grad_norm=optax.tree.norm(grads)
     )
+
+
+def gradients(
+    params: Lm, batch: Batch, config: Config, key: Array | None = None
+) -> tuple[Any, tuple[LossSums, LmStats]]:
+    """Of the mean loss, sharded as the optimiser wants them; the sums and what the routers did.
+    Each replica computes its own: they cross `replica` once."""
+    run = _gradients if config.train.accumulate == 1 else _accumulated
+    if mesh.ways((mesh.REPLICA,)) == 1:
+        return run(params, batch, config, key)
+
+    def own(params: Lm, batch: Batch, key: Array | None) -> tuple[Any, Any]:
+        grads, aux = run(params, batch, config, key)
+        return jax.tree.map(lambda a: a[None], grads), aux
+
+    each, aux = _by_replica(own, (P(mesh.REPLICA), P()), params, batch, key)
+    return added_up(each, config.optim), aux
+
+
+def _by_replica(run: Any, out_specs: Any, params: Lm, batch: Batch, key: Array | None) -> Any:
+    """`run` on the rows of each replica by itself: nothing crosses `replica` but what
+    mesh.over_replicas adds up."""
+    mapped = jax.shard_map(
+        run,
+        in_specs=(P(), P(mesh.REPLICA), P()),
+        out_specs=out_specs,
+        axis_names={mesh.REPLICA},
+        check_vma=False,  # as in model/pipeline.py
+    )
+    return mapped(params, batch, key)
 
 
 def _gradients(
@@ -102,8 +129,7 @@ def _gradients(
         sums, stats = _loss(params, batch, config, key, whole)
         return sums.total / sums.weight if whole is None else sums.total, (sums, stats)
 
-    grads, aux = jax.grad(loss, has_aux=True)(params)
-    return own_parts(grads, config.optim), aux
+    return jax.grad(loss, has_aux=True)(params)
 
 
 def _accumulated(
@@ -120,7 +146,7 @@ def _accumulated(
         grads, aux = _gradients(params, rows, config, own, whole)
         return jax.tree.map(jnp.add, total, grads), aux
 
-    zeros = own_parts(jax.tree.map(jnp.zeros_like, params), config.optim)
+    zeros = jax.tree.map(jnp.zeros_like, params)
     inputs = (mesh.in_parts(batch, parts), jnp.arange(parts))
     total, aux = jax.lax.scan(add_part, zeros, inputs)
     return jax.tree.map(lambda a: a / whole.weight, total), jax.tree.map(lambda a: a.sum(0), aux)
@@ -129,7 +155,13 @@ def _accumulated(
 @partial(jax.jit, static_argnums=2)
 def eval_step(params: Lm, batch: Batch, config: Config) -> LossSums:
     """Loss sums of a held-out batch; add them up, then divide."""
-    return _loss(params, batch, config, None)[0]
+
+    def run(params: Lm, batch: Batch, key: None) -> LossSums:
+        return _loss(params, batch, config, key)[0]
+
+    if mesh.ways((mesh.REPLICA,)) == 1:
+        return run(params, batch, None)
+    return _by_replica(run, P(), params, batch, None)
 
 
 def _loss(

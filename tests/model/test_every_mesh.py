@@ -1,8 +1,9 @@
-"""Loss and every gradient of three kinds of model on meshes of eight devices: each axis alone, and
-combinations of three. By default one mesh a model; all of them with -m slow.
+"""Loss, what the routers did and every gradient of three kinds of model on meshes of eight devices:
+each axis alone, and combinations of three. By default one mesh a model; all of them with -m slow.
 """
 
 import functools
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,8 +13,9 @@ from meshes import on, put
 
 from jaxmoe import tree
 from jaxmoe.config import Config, MeshConfig, MlaConfig, ModelConfig, RouterConfig, replace
-from jaxmoe.model.lm import lm_loss
+from jaxmoe.model.router import RouterStats
 from jaxmoe.run.state import abstract_state, param_specs
+from jaxmoe.run.step import Batch, eval_step, gradients
 from jaxmoe.spec import init
 
 B, L = 8, 16
@@ -104,15 +106,20 @@ CASES = [
 
 
 @functools.cache
-def batch(model: str) -> tuple[np.ndarray, ...]:
+def batch(model: str) -> Batch:
     """Tokens, targets, uneven weights, and documents where the model has texts in rows."""
     rng = np.random.default_rng(0)
     rows = rng.integers(0, COMMON["vocab_size"], (B, L + 1)).astype(np.int32)
     weights = rng.choice([0.0, 0.5, 1.0], (B, L), p=[0.3, 0.3, 0.4]).astype(np.float32)
     if model != "gpt4":
-        return rows[:, :-1], rows[:, 1:], weights
+        return Batch(rows, weights)
     documents = np.sort(rng.integers(0, 4, (B, L)), axis=1).astype(np.int32)
-    return rows[:, :-1], rows[:, 1:], weights * (documents > 0), documents
+    return Batch(rows, weights * (documents > 0), documents)
+
+
+def health(router: RouterStats) -> list[Any]:
+    """Of all layers, what the layout must not change: whether a buffer overflows it may."""
+    return jax.tree.leaves(replace(router, overflow=None))
 
 
 @functools.cache
@@ -123,24 +130,22 @@ def found(model: str, name: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     cfg = MODELS[model]
     config, mesh = Config(model=cfg, mesh=layout), on(**axes)
 
-    def loss(params: Any, arrays: Any) -> Any:
-        documents = arrays[3] if len(arrays) > 3 else None
-        tokens, targets, weights = arrays[:3]
-        sums, stats = lm_loss(params, tokens, targets, weights, cfg, documents, layout=layout)
-        return sums.total / sums.weight, stats.router
-
     with jax.set_mesh(mesh):
         placed = jax.tree.map(lambda a: a.sharding, abstract_state(config, mesh).params)
         make = jax.jit(lambda: init(param_specs(config), jax.random.key(1)), out_shardings=placed)
         params = make()
-        given = [put(mesh, a) for a in batch(model)]
-        step = jax.jit(jax.value_and_grad(loss, has_aux=True))
-        (value, router), grads = step(params, given)
-        again = step(params, given)
+        given = put(mesh, batch(model))
+        step = jax.jit(gradients, static_argnums=2)
+        grads, (sums, stats) = step(params, given, config)
+        again = step(params, given, config)
+        if "replica" in axes:  # an evaluation is made otherwise there, too
+            held_out = eval_step(params, given, config)
+            jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), held_out, sums)
     # Run to run not a bit changes.
-    jax.tree.map(np.testing.assert_array_equal, again, ((value, router), grads))
+    jax.tree.map(np.testing.assert_array_equal, again, (grads, (sums, stats)))
     plain = dict(tree.named_leaves(param_specs(replace(config, mesh=MeshConfig()))))
-    return np.array([value, *np.ravel(router.load_balance)]), {
+    value = [*jax.tree.leaves(sums), *stats.mtp_nll, *map(np.ravel, health(stats.router))]
+    return np.hstack(value), {
         leaf: np.asarray(grad).reshape(plain[leaf].shape) for leaf, grad in tree.named_leaves(grads)
     }
 

@@ -84,11 +84,16 @@ def test_each_axis_gathers_what_rests_over_it() -> None:
     assert dense.sent == pytest.approx(4 * 2 * 3 / 4 * (ATTENTION + ROUTER + 2 * VOCAB))
 
 
-def test_replicas_add_gradients_up() -> None:
+def test_replicas_add_gradients_up_once() -> None:
+    """As they rest: spread over `data`, but norms whole. Neither microbatches nor the compute dtype
+    change it; each of two stages has its layers."""
+    layers, others = ATTENTION + EXPERTS + ROUTER, 2 * VOCAB
     flow = sent(replica=2, data=2)["gradients added up/replica"]
-    matrices = ATTENTION + EXPERTS + ROUTER + 2 * VOCAB
-    # Two norms of a layer, which rest whole; the final one is not counted.
-    assert flow.sent == pytest.approx(4 * 2 * 1 / 2 * (matrices / 2 + 2 * 8))
+    assert flow.sent == pytest.approx(4 * 2 * 1 / 2 * ((layers + others) / 2 + 3 * 8))
+    assert flow.last and not flow.hidden
+    model = replace(MODEL, n_layers=4, dtype="bfloat16")
+    flow = sent(model, 16, replica=4, stage=2, microbatches=4)["gradients added up/replica"]
+    assert flow.sent == pytest.approx(4 * 2 * 3 / 4 * (4 / 2 * (layers + 2 * 8) + others + 8))
 
 
 def test_tensor_parallel_sums_activations() -> None:
@@ -146,11 +151,12 @@ def test_recomputation_counted_by_hand() -> None:
 
 def test_the_parts_of_a_step() -> None:
     step = StepTime(
-        compute=2.0, memory=1.0, hidden=3.0, open=1.0, bubble=0.2, update=0.5, recomputed=0.0
+        compute=2, memory=1, hidden=3, open=1, last=0.25, bubble=0.2, update=0.5, recomputed=0
     )
-    assert step.seconds == pytest.approx((3 + 1) / 0.8 + 0.5) and step.bound == "traffic"
+    assert step.seconds == pytest.approx((3 + 1) / 0.8 + 0.75) and step.bound == "traffic"
     faster = replace(step, hidden=0.1)
-    assert faster.seconds == pytest.approx((2 + 1) / 0.8 + 0.5) and faster.bound == "compute"
+    assert faster.seconds == pytest.approx((2 + 1) / 0.8 + 0.75) and faster.bound == "compute"
+    assert replace(faster, last=1.5).bound == "traffic"
 
 
 def test_days_energy_and_money_follow() -> None:
@@ -186,7 +192,7 @@ def test_gpt4_on_paper_has_the_reported_counts() -> None:
     counted = cost(config.model, config.train.seq_len)
     assert counted.params == pytest.approx(1.8e12, rel=0.02)
     assert counted.params_active == pytest.approx(280e9, rel=0.01)
-    step = StepTime(compute=1, memory=0, hidden=0, open=0, bubble=0, update=0, recomputed=0)
+    step = StepTime(compute=1, memory=0, hidden=0, open=0, last=0, bubble=0, update=0, recomputed=0)
     run = whole_run(config, 24_960, TABLE["a100"], step, tokens=TOKENS)
     assert run.flops_6nd == pytest.approx(2.15e25, rel=0.01)
     assert run.flops == pytest.approx(

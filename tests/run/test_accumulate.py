@@ -55,6 +55,9 @@ LAYOUTS = {
 }
 
 
+SHARED = ("replica2_data2_model2",)  # each replica has its part of the optimiser's state
+
+
 @functools.cache
 def batches(padded: bool) -> tuple[Batch, ...]:
     """Documents of several lengths; padding of up to half a row, more of it in later rows."""
@@ -76,6 +79,7 @@ def batches(padded: bool) -> tuple[Batch, ...]:
 def run(layout: str, parts: int, padded: bool = True) -> dict[str, Any]:
     """What a few steps leave behind, as numpy."""
     config = replace(CONFIG, train=replace(CONFIG.train, accumulate=parts))
+    config = replace(config, optim=replace(CONFIG.optim, shard_over_replica=layout in SHARED))
     mesh = on(**LAYOUTS[layout])
     with jax.set_mesh(mesh):
         placed = jax.tree.map(lambda a: a.sharding, abstract_state(config, mesh))
