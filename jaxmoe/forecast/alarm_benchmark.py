@@ -41,7 +41,9 @@ class Scored:
 
 
 def score_alarms(
-    curves: Sequence[Curve], siblings_of: Callable[[Curve], Sequence[Curve]], done=lambda: None
+    curves: Sequence[Curve],
+    siblings_of: Callable[[Curve], Sequence[Curve]],
+    done: Callable[[], object] = lambda: None,
 ) -> Mapping[str, Scored]:
     """By set. `siblings_of`: completed runs that a run is compared with; `done` after each."""
     results: dict[str, list[tuple[bool, bool | None]]] = defaultdict(list)

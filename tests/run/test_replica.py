@@ -27,7 +27,7 @@ from jaxmoe.plan.hardware import find
 from jaxmoe.plan.hlo import parse
 from jaxmoe.plan.traffic import flows
 from jaxmoe.run.state import abstract_state, init_state
-from jaxmoe.run.step import Batch, eval_step, gradients, train_step
+from jaxmoe.run.step import Batch, abstract_batch, eval_step, gradients, train_step
 
 B, L = 16, 16
 MODEL = ModelConfig(
@@ -73,13 +73,9 @@ def _one_capacity(monkeypatch: pytest.MonkeyPatch) -> None:
 def over_replicas(run: Any, config: Config, argument: Any = lambda state: state) -> list[Row]:
     """What the compiled step sends over `replica`, alone or with other axes."""
     mesh = on(**axes_of(config))
-    rows = jax.NamedSharding(mesh, jax.P(("replica", "data", "expert", "stage")))
-    batch = Batch(
-        tokens_BL=jax.ShapeDtypeStruct((B, L + 1), np.int32, sharding=rows),
-        weights_BL=jax.ShapeDtypeStruct((B, L), np.float32, sharding=rows),
-    )
     with jax.set_mesh(mesh):
-        lowered = run.lower(argument(abstract_state(config, mesh)), batch, config)
+        state, batch = abstract_state(config, mesh), abstract_batch(config, mesh)
+        lowered = run.lower(argument(state), batch, config)
         text = hlo(lowered.compile())
     return [row for row in collectives(parse(text), mesh.shape) if "replica" in row.axes]
 
