@@ -9,7 +9,7 @@ an error at trace time instead of a guess of the compiler.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -262,9 +262,10 @@ def tokens(*rest: str | None) -> P:
 
 def to_stream(x_BLD: jax.Array) -> jax.Array:
     """The residual stream between blocks: positions over `model`, whose shards would otherwise hold
-    copies of it (sequence parallelism: Korthikanti et al., arXiv:2205.05198, section 4.2.2). A
-    length that `model` does not divide stays whole."""
-    return jax.reshard(x_BLD, _stream(x_BLD.shape[1]))
+    copies of it (sequence parallelism: Korthikanti et al., arXiv:2205.05198, section 4.2.2), where
+    `stream_is_spread`."""
+    spread = stream_is_spread(x_BLD.shape[1], jax.sharding.get_abstract_mesh().shape)
+    return jax.reshard(x_BLD, P(batch(), ("context", "model") if spread else "context", None))
 
 
 def from_stream(x_BLD: jax.Array) -> jax.Array:
@@ -272,16 +273,31 @@ def from_stream(x_BLD: jax.Array) -> jax.Array:
     return jax.reshard(x_BLD, tokens(None))
 
 
+def stream_is_spread(length: int, sizes: Mapping[str, int]) -> bool:
+    """Whether the residual stream's positions are spread over `model`, on a mesh of these sizes."""
+    return sizes["model"] > 1 and length % (sizes["context"] * sizes["model"]) == 0
+
+
+def beside(a_BL: jax.Array, x_BLD: jax.Array) -> jax.Array:
+    """An array by position, on the devices that have the activation of the position."""
+    return jax.reshard(a_BL, P(*jax.typeof(x_BLD).sharding.spec[:2]))
+
+
 def varying(*arrays: jax.Array) -> frozenset[str]:
     """Mesh axes over which any of the arrays differs, inside of shard_map; none outside."""
     return frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))
 
 
+def vary(a: jax.Array, over: Collection[str]) -> jax.Array:
+    """Inside of shard_map: `a` marked as different over these axes too. A cast that is written out
+    has a transpose, and custom VJPs need it."""
+    return jax.lax.pcast(a, tuple(sorted(set(over) - varying(a))), to="varying")
+
+
 def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Inside of shard_map: each array marked as different wherever one of them is. A cast that is
-    written out has a transpose, and custom VJPs need it."""
+    """Inside of shard_map: each array marked as different wherever one of them is."""
     over = varying(*arrays)
-    return tuple(jax.lax.pcast(a, tuple(over - varying(a)), to="varying") for a in arrays)
+    return tuple(vary(a, over) for a in arrays)
 
 
 def platform() -> str:
@@ -318,11 +334,6 @@ def _added_up(sums: Any) -> Any:
 
 
 _added_up.defvjp(lambda sums: (_added_up(sums), None), lambda _, cotangents: (cotangents,))
-
-
-def _stream(length: int) -> P:
-    divides = ways(("model",)) > 1 and length % ways(("context", "model")) == 0
-    return P(batch(), ("context", "model") if divides else "context", None)
 
 
 def _entry(axes: MeshAxes) -> str | MeshAxes | None:

@@ -144,20 +144,40 @@ def sum_of_slots(y_SD: Array, slot_tA: Array, weights_tA: Array | None = None) -
     return total.astype(y_SD.dtype)
 
 
-def to_experts(a: Array, capacity: int) -> Array:
+def to_experts(a: Array, capacity: int, spread: bool) -> Array:
     """[E * C, ...] of this shard -> [e, shards * C, ...]: all `expert` peers' slots for this
-    device's experts."""
+    device's experts, and where rows are spread over `model` those of its shards too."""
     rest = a.shape[1:]
     a = a.reshape(jax.lax.axis_size("expert"), -1, capacity, *rest)
     a = jax.lax.all_to_all(a, "expert", split_axis=0, concat_axis=0)
-    return jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1, *rest)
+    return together(jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1, *rest), spread, dim=1)
 
 
-def from_experts(a: Array, capacity: int) -> Array:
-    """The way back of `to_experts`."""
+def from_experts(a: Array, capacity: int, spread: bool) -> Array:
+    """The way back of `to_experts`; its transpose where rows are spread over `model`."""
     rest = a.shape[2:]
+    a = parted(a, spread, dim=1)
     a = jnp.moveaxis(a.reshape(len(a), -1, capacity, *rest), 1, 0)
     return jax.lax.all_to_all(a, "expert", split_axis=0, concat_axis=0).reshape(-1, *rest)
+
+
+def together(a: Array, spread: bool, dim: int = 0) -> Array:
+    """The parts of the rows that the shards of `model` have, behind one another; or `a`, where all
+    have the same rows."""
+    return jax.lax.all_gather(a, "model", axis=dim, tiled=True) if spread else a
+
+
+def parted(a: Array, spread: bool, dim: int = 0) -> Array:
+    """Sums over `model` of its shards' parts of F, each shard left with its own part of the rows;
+    or `a`, where all have the same rows: to be added up once they are a token's (`completed`)."""
+    if spread:
+        return jax.lax.psum_scatter(a, "model", scatter_dimension=dim, tiled=True)
+    return a
+
+
+def completed(a: Array, spread: bool) -> Array:
+    """The sum over `model` that `parted` has left out."""
+    return a if spread else jax.lax.psum(a, "model")
 
 
 def take(rows: Array, index: Array, fill: float = 0) -> Array:

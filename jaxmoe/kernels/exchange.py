@@ -9,9 +9,14 @@ not suffice for the loads at hand (`needed`, `sizes`), they are filled several t
     all_gather    every row goes to every shard, which takes those that it needs; sums are
                   scattered back ("ring of experts")
     ragged        each shard sends what there is: exact, where the backend has the collective
+
+Each shard of `model` has a part of every expert's F, so all of them need all rows of their experts.
+Where rows are `spread` over `model`, each sends its own over `expert`, and they are brought
+together behind it, over the nearest links; sums go back the other way. Else all send the same.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
@@ -21,13 +26,15 @@ from jaxmoe.kernels.dispatch import (
     Order,
     from_experts,
     inverse,
+    parted,
     slot_plan,
     starts,
     sum_of_slots,
     take,
     to_experts,
+    together,
 )
-from jaxmoe.mesh import platform, vary_alike
+from jaxmoe.mesh import platform, stream_is_spread, vary_alike, varying
 
 Array = jax.Array
 AXIS = "expert"
@@ -61,12 +68,31 @@ class Exchange(Protocol):
         ...
 
     def sum_back(self, y_SD: Array) -> Array:
-        """y_tD: the sum of each token's rows, added in float32; the transpose of `rows`."""
+        """y_tD: the sum of each token's rows, added in float32; the transpose of `rows`. Also over
+        `model` where rows are spread over it; else that is left to do (dispatch.completed)."""
         ...
 
     def weights_back(self, dweights_S: Array) -> Array:
         """dweights_tA: the transpose of `weights`."""
         ...
+
+
+def sends_own_rows(length: int, sizes: Mapping[str, int]) -> bool:
+    """Whether each shard of `model` sends its own part of the rows, or all the same: wherever they
+    travel and can be spread. Over `expert` go 1 / m of the rows then, and over `model`, of nearer
+    links, more: in sum over both at most one row a token and layer, where the way is the
+    `cheapest`.
+
+    Args:
+        length: of a sequence.
+        sizes: of the mesh's axes.
+    """
+    return sizes[AXIS] > 1 and stream_is_spread(length, sizes)
+
+
+def is_spread(rows: Array) -> bool:
+    """Whether the rows of the shards of `model` are different ones, inside of shard_map."""
+    return "model" in varying(rows)
 
 
 def cheapest(tokens: int, shards: int, n_experts: int, top_k: int) -> str:
@@ -81,7 +107,12 @@ def cheapest(tokens: int, shards: int, n_experts: int, top_k: int) -> str:
 
 
 def sizes(kind: str, tokens: int, shards: int, n_experts: int, top_k: int) -> list[int]:
-    """Compiled sizes, rising: slots of an expert or rows of the buffer; none larger than `most`."""
+    """Compiled sizes, rising: slots of an expert or rows of the buffer; none larger than `most`.
+
+    Args:
+        tokens: that a device sends; with all_gather those of all shards of `model`, which fill one
+            buffer.
+    """
     if kind == "local":
         return [tokens * top_k]
     mean = tokens * top_k / (n_experts if kind == "all_to_all" else 1)
@@ -102,7 +133,8 @@ def needed(kind: str, order: Order) -> Array:
     """int32: the size that suffices for this device's part in the exchange."""
     if kind == "all_to_all":
         return order.load_E.max()
-    return jax.lax.psum(order.load_E, AXIS).reshape(jax.lax.axis_size(AXIS), -1).sum(1).max()
+    over = (AXIS, "model") if kind == "all_gather" and is_spread(order.load_E) else AXIS
+    return jax.lax.psum(order.load_E, over).reshape(jax.lax.axis_size(AXIS), -1).sum(1).max()
 
 
 def open_exchange(
@@ -114,9 +146,13 @@ def open_exchange(
         return _Local(order)
     if kind == "all_to_all":
         return _AllToAll(order, ids_tA, size, jnp.int32(0) if first is None else first)
-    if kind == "all_gather" or first is not None:  # ragged: sizes that rounds would make uneven
+    if kind == "all_gather":
         return _AllGather(order, size, jnp.int32(0) if first is None else first)
-    return _Ragged(order, size)
+    if first is None:
+        return _Ragged(order, size)
+    # Rounds would make the sizes that are sent uneven.
+    ways = jax.lax.axis_size("model") if is_spread(order.load_E) else 1
+    return _AllGather(order, ways * size, ways * first)
 
 
 class _Packed:
@@ -131,6 +167,7 @@ class _Packed:
 
 class _Local(_Packed):
     def __init__(self, order: Order) -> None:
+        assert not is_spread(order.load_E)
         self._order = order
         self.lengths_eg = order.load_E[:, None]
         self.starts_eg = starts(self.lengths_eg)
@@ -152,12 +189,12 @@ class _AllToAll:
     """Slots of an expert: C from each shard, the first ones filled."""
 
     def __init__(self, order: Order, ids_tA: Array, capacity: int, first: Array) -> None:
-        self._capacity = capacity
+        self._capacity, self._spread = capacity, is_spread(order.load_E)
         self._plan = slot_plan(order, ids_tA, capacity, first)
         filled_E = jnp.clip(order.load_E - first, 0, capacity)
         lengths_ge = filled_E.reshape(jax.lax.axis_size(AXIS), -1)
         lengths_ge = jax.lax.all_to_all(lengths_ge, AXIS, split_axis=0, concat_axis=0)
-        self.lengths_eg = lengths_ge.T
+        self.lengths_eg = _of_all(lengths_ge.T, self._spread)
         begins = jnp.arange(self.lengths_eg.size, dtype=jnp.int32) * capacity
         self.starts_eg = begins.reshape(self.lengths_eg.shape)
 
@@ -184,19 +221,21 @@ class _AllToAll:
         return take(a, jnp.where(slots_1C < filled_n1, places, len(a)).reshape(-1))
 
     def _there(self, a: Array) -> Array:
-        return to_experts(a, self._capacity).reshape(-1, *a.shape[1:])
+        return to_experts(a, self._capacity, self._spread).reshape(-1, *a.shape[1:])
 
     def _back(self, a: Array) -> Array:
         e = len(self.starts_eg)
-        return from_experts(a.reshape(e, -1, *a.shape[1:]), self._capacity)
+        return from_experts(a.reshape(e, -1, *a.shape[1:]), self._capacity, self._spread)
 
 
 class _AllGather(_Packed):
-    """The buffer has the rows of this device's experts alone, without gaps."""
+    """The buffer has the rows of this device's experts alone, without gaps. Rows that are spread
+    over `model` are brought together before they are copied to where their experts want them."""
 
     def __init__(self, order: Order, size: int, first: Array) -> None:
         t, a = order.place_tA.shape
-        load_gE = jax.lax.all_gather(order.load_E, AXIS)
+        self._spread = is_spread(order.load_E)
+        load_gE = self._gathered(order.load_E[None])
         starts_ge = _mine(jnp.cumsum(load_gE, axis=1) - load_gE)
         shards = len(load_gE)
         # Where in the orders of all shards, one behind the other.
@@ -206,19 +245,17 @@ class _AllGather(_Packed):
         starts_eg = starts(all_eg) - first
         self.starts_eg = jnp.clip(starts_eg, 0, size)
         self.lengths_eg = jnp.clip(starts_eg + all_eg, 0, size) - self.starts_eg
-        choice_n = jax.lax.all_gather(order.choice_S, AXIS)
+        choice_n = self._gathered(order.choice_S[None])
         choice_n = (choice_n + first_g1).reshape(-1)  # of all shards' tokens
         self._choice_S = take(choice_n, place_S, fill=shards * t * a)
         self._a = a
         self._slot_nA = inverse(self._choice_S, shards * t * a).reshape(-1, a)
 
     def rows(self, x_tD: Array) -> Array:
-        x_nD = jax.lax.all_gather(x_tD, AXIS, tiled=True)
-        return take(x_nD, self._choice_S // self._a)
+        return take(self._gathered(x_tD), self._choice_S // self._a)
 
     def weights(self, weights_tA: Array) -> Array:
-        weights_nA = jax.lax.all_gather(weights_tA, AXIS, tiled=True)
-        return take(weights_nA.reshape(-1), self._choice_S)
+        return take(self._gathered(weights_tA).reshape(-1), self._choice_S)
 
     def sum_back(self, y_SD: Array) -> Array:
         return self._scattered(sum_of_slots(y_SD, self._slot_nA))
@@ -226,15 +263,19 @@ class _AllGather(_Packed):
     def weights_back(self, dweights_S: Array) -> Array:
         return self._scattered(take(dweights_S, self._slot_nA))
 
+    def _gathered(self, a: Array) -> Array:
+        a = jax.lax.all_gather(a, AXIS, tiled=True)
+        return jax.lax.all_gather(a, "model", tiled=True) if self._spread else a
+
     def _scattered(self, a: Array) -> Array:
-        return jax.lax.psum_scatter(a, AXIS, scatter_dimension=0, tiled=True)
+        return jax.lax.psum_scatter(parted(a, self._spread), AXIS, tiled=True)
 
 
 class _Ragged(_Packed):
     """Rows arrive by sender, and are put in the order of the experts; sent without gaps."""
 
     def __init__(self, order: Order, size: int) -> None:
-        self._order, self._size = order, size
+        self._order, self._size, self._spread = order, size, is_spread(order.load_E)
         load_gE = jax.lax.all_gather(order.load_E, AXIS)  # g: sender
         shards = len(load_gE)
         me = jax.lax.axis_index(AXIS)
@@ -245,11 +286,15 @@ class _Ragged(_Packed):
         self._there = (within_gh[me], sent_gh[me], before_gh[me], sent_gh[:, me])
         self._back = (before_gh[:, me], sent_gh[:, me], within_gh[:, me], sent_gh[me])
         load_ge = _mine(load_gE)
-        self.lengths_eg = load_ge.T
-        self.starts_eg = starts(self.lengths_eg)
         arrived_ge = before_gh[:, me, None] + jnp.cumsum(load_ge, axis=1) - load_ge
-        self._place_S = packed_places(arrived_ge.T, self.lengths_eg, size)
-        self._slot_S = inverse(self._place_S, size)
+        if self._spread:
+            arrived_ge += jax.lax.axis_index("model") * size
+        self.lengths_eg = _of_all(load_ge.T, self._spread)
+        self.starts_eg = starts(self.lengths_eg)
+        rows = size * jax.lax.axis_size("model") if self._spread else size
+        arrived = _of_all(arrived_ge.T, self._spread)
+        self._place_S = packed_places(arrived, self.lengths_eg, rows)
+        self._slot_S = inverse(self._place_S, rows)
 
     def rows(self, x_tD: Array) -> Array:
         return self._send(take(x_tD, self._order.token_S))
@@ -264,11 +309,12 @@ class _Ragged(_Packed):
         return take(self._return(dweights_S), self._order.place_tA)
 
     def _send(self, a: Array) -> Array:
-        return take(_ragged_all_to_all(a, self._size, self._there), self._place_S)
+        arrived = together(_ragged_all_to_all(a, self._size, self._there), self._spread)
+        return take(arrived, self._place_S)
 
     def _return(self, a: Array) -> Array:
         n = self._order.place_tA.size
-        return _ragged_all_to_all(take(a, self._slot_S), n, self._back)
+        return _ragged_all_to_all(parted(take(a, self._slot_S), self._spread), n, self._back)
 
 
 def packed_places(starts_eg: Array, lengths_eg: Array, size: int, first: Array | int = 0) -> Array:
@@ -280,6 +326,11 @@ def packed_places(starts_eg: Array, lengths_eg: Array, size: int, first: Array |
     segment_S = jnp.searchsorted(ends, at_S, side="right").astype(jnp.int32)
     shift = starts_eg.reshape(-1) - (ends - lengths)
     return jnp.where(at_S < ends[-1], at_S + take(shift, segment_S), jnp.iinfo(jnp.int32).max)
+
+
+def _of_all(a_eg: Array, spread: bool) -> Array:
+    """Of all senders, where those of the other shards of `model` count too."""
+    return jax.lax.all_gather(a_eg, "model", axis=1, tiled=True) if spread else a_eg
 
 
 def _mine(a_gE: Array) -> Array:

@@ -22,7 +22,17 @@ from jax.sharding import PartitionSpec as P
 from jaxmoe.config import ModelConfig
 from jaxmoe.kernels import dispatch, exchange
 from jaxmoe.kernels.low_precision import einsum
-from jaxmoe.mesh import COMPUTE, batch, partition, platform, tokens, vary_alike, varying
+from jaxmoe.mesh import (
+    COMPUTE,
+    batch,
+    from_stream,
+    partition,
+    platform,
+    to_stream,
+    vary,
+    vary_alike,
+    varying,
+)
 from jaxmoe.model import blocked, sorted_experts
 from jaxmoe.model.ffn import activate, ffn, ffn_specs
 from jaxmoe.model.remat import CHOICE, named
@@ -83,14 +93,18 @@ def moe(
     valid_BL: Array | None = None,
     key: Array | None = None,
 ) -> tuple[Array, RouterSums]:
-    """The block's output and what the router did, as sums. Parameters as gathered for compute."""
+    """The block's output, spread as the residual stream is, and what the router did, as sums.
+    Parameters as gathered for compute."""
+    spread = exchange.sends_own_rows(x_BLD.shape[1], jax.sharding.get_abstract_mesh().shape)
+    x_BLD = to_stream(x_BLD) if spread else from_stream(x_BLD)
     with jax.named_scope("router"):
         weights_BLA, ids_BLA, sums = route(params.router, x_BLD, cfg, valid_BL, key)
     with jax.named_scope("experts"):
         y_BLD, overflow = experts(cfg, x_BLD, weights_BLA, ids_BLA, params.experts)
+        y_BLD = to_stream(y_BLD)
     if params.shared is not None:
         with jax.named_scope("shared_experts"):
-            y_BLD += ffn(params.shared, x_BLD, cfg)
+            y_BLD += to_stream(ffn(params.shared, from_stream(x_BLD), cfg))
     return y_BLD, replace(sums, overflow=overflow)
 
 
@@ -103,10 +117,17 @@ def _row_axes(x_tD: Array) -> tuple[str, ...]:
     return tuple(sorted(varying(x_tD) - {"expert", "model"}))
 
 
-def _order_spec() -> dispatch.Order:
-    """Of a shard's `Order`; each shard of the batch and of the context has its own."""
-    rows = P((*batch(), "context"))
-    return dispatch.Order(choice_S=rows, place_tA=P(*rows, None), load_E=rows)
+def _row_specs(x_BLD: Array) -> tuple[P, dispatch.Order]:
+    """Of rows, and of a shard's `Order`: each shard of the batch and of the positions, which may be
+    spread over `model` too, has its own."""
+    over = ("context", "model") if _is_stream(x_BLD) else ("context",)
+    of_all = P((*batch(), *over))
+    ordered = dispatch.Order(choice_S=of_all, place_tA=P(*of_all, None), load_E=of_all)
+    return P(batch(), over, None), ordered
+
+
+def _is_stream(x_BLD: Array) -> bool:
+    return "model" in (jax.typeof(x_BLD).sharding.spec[1] or ())
 
 
 def _apply_experts(
@@ -120,7 +141,7 @@ def _apply_experts(
 def _experts_fwd(
     cfg: ModelConfig, x_BLD: Array, weights_BLA: Array, ids_BLA: Array, w: Experts
 ) -> tuple[tuple[Array, Array], Any]:
-    rows, ordered = tokens(None), _order_spec()
+    rows, ordered = _row_specs(x_BLD)
     order = jax.shard_map(partial(_order, cfg), in_specs=rows, out_specs=ordered)(ids_BLA)
     order = named(order, CHOICE)  # a sort of small numbers, not to be done again
     mapped: Any = jax.shard_map(
@@ -133,10 +154,10 @@ def _experts_fwd(
 
 
 def _experts_bwd(cfg: ModelConfig, residuals: Any, cts: Any) -> tuple[Any, ...]:
-    rows = tokens(None)
+    rows, ordered = _row_specs(residuals[0])
     mapped: Any = jax.shard_map(
         partial(_backward, cfg),
-        in_specs=(rows, rows, rows, _order_spec(), _weights_spec(cfg), rows),
+        in_specs=(rows, rows, rows, ordered, _weights_spec(cfg), rows),
         out_specs=(rows, rows, _weights_spec(cfg)),
     )
     dx_BLD, dweights_BLA, dw = mapped(*residuals, cts[0])
@@ -157,8 +178,8 @@ def path_of(cfg: ModelConfig) -> str:
 
 
 def exchange_of(cfg: ModelConfig, tokens: int, shards: int) -> str:
-    """How rows travel between `shards` of `tokens` each: what `expert_exchange` says, or "auto"
-    means. Equal slots (`batched`) are what all-to-all gives, and it alone."""
+    """How rows travel between `shards` that send `tokens` each: what `expert_exchange` says, or
+    "auto" means. Equal slots (`batched`) are what all-to-all gives, and it alone."""
     if path_of(cfg) == "batched":
         return "all_to_all"
     if shards == 1 or cfg.expert_exchange == "auto":
@@ -187,13 +208,9 @@ def _gathered(w: Experts, x_tD: Array) -> Experts:
         for name, dim in _FSDP.items()
     }
     w, over = replace(w, **whole), set(_row_axes(x_tD))
-    bias = None if w.bdown_ED is None else _vary(w.bdown_ED, over | {"model"})
-    w = jax.tree.map(lambda a: _vary(a, over), replace(w, bdown_ED=None))
+    bias = None if w.bdown_ED is None else vary(w.bdown_ED, over | {"model"})
+    w = jax.tree.map(lambda a: vary(a, over), replace(w, bdown_ED=None))
     return replace(w, bdown_ED=bias)
-
-
-def _vary(a: Array, over: set[str]) -> Array:
-    return jax.lax.pcast(a, tuple(sorted(over - varying(a))), to="varying")
 
 
 def _summed(dw: Experts, x_tD: Array) -> Experts:
@@ -265,6 +282,8 @@ def _switch(cfg: ModelConfig, order: dispatch.Order, run: Any, like: Any) -> tup
     """
     t, shards = len(order.place_tA), jax.lax.axis_size("expert")
     kind = exchange_of(cfg, t, shards)
+    if kind == "all_gather" and exchange.is_spread(order.load_E):
+        t *= jax.lax.axis_size("model")  # they fill one buffer
     shape = (kind, t, shards, cfg.n_experts, cfg.top_k)
     sizes, most = exchange.sizes(*shape), exchange.most(*shape)
     if sizes == [most]:
@@ -304,7 +323,7 @@ def _through(
     """One shard's output: its rows to their experts, through them and back."""
     x_SD, weights_S = _varying(sent.rows(x_tD), sent.weights(weights_tA))
     y_SD = _ENGINES[path_of(cfg)].compute(cfg, sent, w, x_SD, weights_S)
-    return jax.lax.psum(sent.sum_back(y_SD), "model")
+    return dispatch.completed(sent.sum_back(y_SD), exchange.is_spread(x_tD))
 
 
 def _through_backward(
@@ -319,15 +338,15 @@ def _through_backward(
     x_SD, weights_S, dy_SD = _varying(sent.rows(x_tD), sent.weights(weights_tA), sent.rows(dy_tD))
     gradients = _ENGINES[path_of(cfg)].gradients
     dw, dx_SD, dweights_S = gradients(cfg, sent, w, x_SD, weights_S, dy_SD)
-    dx_tD, dweights_tA = sent.sum_back(dx_SD), sent.weights_back(dweights_S)
-    # Each `model` shard has its part of F.
-    dx_tD, dweights_tA = jax.lax.psum((dx_tD, dweights_tA), "model")
+    spread = exchange.is_spread(x_tD)
+    dx_tD = dispatch.completed(sent.sum_back(dx_SD), spread)
+    dweights_tA = dispatch.completed(sent.weights_back(dweights_S), spread)
     return dx_tD, dweights_tA, dw
 
 
 def _varying(*rows: Array) -> tuple[Array, ...]:
     """Marked as different on all `model` shards, each of which has its part of F."""
-    return jax.lax.pcast(rows, "model", to="varying")
+    return tuple(vary(a, ("model",)) for a in rows)
 
 
 def _flat(a: Array) -> Array:
@@ -344,17 +363,18 @@ def _batched(
 ) -> Array:
     """One shard's tokens through all experts, its own and those of its `expert` peers, in equal
     slots."""
-    # The same on all `model` shards, each of which gives a part of the gradient: the transpose of
-    # the cast adds them up.
-    x_tD, weights_tA = jax.lax.pcast((x_tD, weights_tA), "model", to="varying")
+    spread = exchange.is_spread(x_tD)
+    # Where they are the same on all `model` shards, each of which gives a part of the gradient, the
+    # transpose of the cast adds them up.
+    x_tD, weights_tA = _varying(x_tD, weights_tA)
     x_SD = dispatch.to_slots(x_tD, plan)
-    x_erD = dispatch.to_experts(x_SD, capacity)
+    x_erD = dispatch.to_experts(x_SD, capacity, spread)
     y_erD = _ffn(x_erD, w, cfg)
-    y_SD = dispatch.from_experts(y_erD, capacity)
+    y_SD = dispatch.from_experts(y_erD, capacity, spread)
     y_tD = dispatch.from_slots(y_SD, weights_tA, plan)
     # Each `model` shard has summed over its part of F only. Added after the combine, so that a
     # token's row moves once instead of once a choice.
-    return jax.lax.psum(y_tD, "model")
+    return dispatch.completed(y_tD, spread)
 
 
 def _ffn(x_erD: Array, w: Experts, cfg: ModelConfig) -> Array:

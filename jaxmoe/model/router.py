@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmoe.config import ModelConfig, RouterConfig
 from jaxmoe.context import spread
-from jaxmoe.mesh import batch, replica
+from jaxmoe.mesh import batch, beside, replica
 from jaxmoe.model.remat import CHOICE, named
 from jaxmoe.spec import Spec
 
@@ -128,7 +128,7 @@ def _jittered(x_BLD: Array, jitter: float, key: Array | None) -> Array:
     own = replica()
     if own is not None:  # after the rows of those before
         places += own * b * length
-    places_BL = jax.reshard(spread(places), P(batch(), "context"))
+    places_BL = beside(spread(places), x_BLD)
 
     def draw(place: Array) -> Array:
         own = jax.random.fold_in(key, place)
@@ -181,7 +181,10 @@ def _sums(
     chosen_BLE = jax.nn.one_hot(ids_BLA, cfg.n_experts, dtype=jnp.float32).sum(-2)
     chosen_BLE *= cfg.n_experts / cfg.top_k
     z_BL = jax.nn.logsumexp(logits_BLE, axis=-1) ** 2
-    valid_BL = jnp.ones_like(z_BL) if valid_BL is None else valid_BL.astype(jnp.float32)
+    if valid_BL is None:
+        valid_BL = jnp.ones_like(z_BL)
+    else:
+        valid_BL = beside(valid_BL.astype(jnp.float32), logits_BLE)
     rows_B = valid_BL.sum(1)
     # Over the whole sequence, whose positions may be on several devices.
     of_rows = P(batch(), None)

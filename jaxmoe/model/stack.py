@@ -227,13 +227,12 @@ def _layer(
         return to_stream(attention(own, h_BLD, places, cfg, kind.window))
 
     def feed(x_BLD: Array, params: Layer) -> tuple[Array, RouterSums | None]:
-        h_BLD = from_stream(rms_norm(params.ffn_norm_D, x_BLD, cfg.norm_eps))
+        h_BLD = rms_norm(params.ffn_norm_D, x_BLD, cfg.norm_eps)
         own = gather(params.ffn, specs.ffn, dtype)
         if not kind.moe:
-            return to_stream(ffn(own, h_BLD, cfg)), None
+            return to_stream(ffn(own, from_stream(h_BLD), cfg)), None
         valid_BL = None if places.documents_BL is None else places.documents_BL > 0
-        y_BLD, stats = moe(own, h_BLD, cfg, valid_BL, key)
-        return to_stream(y_BLD), stats
+        return moe(own, h_BLD, cfg, valid_BL, key)
 
     x_BLD = named(x_BLD, INPUT)
     x_BLD = named(x_BLD + rematerialised(attend, cfg)(x_BLD, params), INPUT)

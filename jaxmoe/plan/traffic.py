@@ -135,17 +135,29 @@ def _of_activations(
     n_moe = sum(kind.moe for kind in layers) * shape.layers + m.n_mtp * (not m.is_dense)
     tensor, stages, ring = sizes["model"], sizes["stage"], sizes["context"]
     made = []
-    # Attention's and the feed-forward's sums over heads and width, forward and backward; and those
-    # of the embedding's rows and of the gradient of the last hidden states.
-    sums = 4 * n_layers + 2 / stages
-    sent = sums * 2 * (tensor - 1) / tensor * row
+    # A pipeline's items are computed once more.
+    forward = 2 if stages > 1 else 1
+    # Attention and a feed-forward each gather their rows and scatter sums over heads or width,
+    # likewise backward, and gather the rows again where they are not kept; experts do not where
+    # each shard of `model` sends its own. And the sums of the embedding's rows and of the gradient
+    # of the last hidden states.
+    own_rows = exchange.sends_own_rows(config.train.seq_len, sizes)
+    halves = 2 * n_layers - n_moe * (own_rows and not m.n_shared_experts)
+    moves = halves * (2 * forward + 2 + (m.remat != "none")) + 4 / stages
+    sent = moves * (tensor - 1) / tensor * row
     made.append(_flow("sums over heads and width", ("model",), sent, sizes, chip))
-    if not m.is_dense:
-        # There and back; backward the rows and their gradients go there and one gradient back.
-        sent = 5 * n_moe * shape.repeats * _exchanged(config, sizes["expert"], shape)
-        made.append(_flow("rows to experts and back", ("expert",), sent, sizes, chip, spread=True))
+    if not m.is_dense and sizes["expert"] > 1:
+        there, together = _exchanged(config, sizes, shape)
+        times = n_moe * shape.repeats
+        made += [
+            _flow("rows to experts and back", ("expert",), times * there, sizes, chip, spread=True),
+            _flow("experts' rows together", ("model",), times * together, sizes, chip),
+        ]
     if stages > 1:
-        sent = 2 * config.mesh.rounds * row
+        # To the next stage, from the last one back to where rows came from, and from there to the
+        # first; and gradients the other way (model/pipeline.py).
+        spread = mesh_lib.stream_is_spread(config.train.seq_len, sizes)
+        sent = 6 * config.mesh.rounds * row / (tensor if spread else 1)
         made.append(_flow("activations to the next stage", ("stage",), sent, sizes, chip))
     # Keys and values go round once forward; backward again, with their gradients.
     per_token = _kv_width(config) / tensor * shape.width
@@ -154,22 +166,31 @@ def _of_activations(
     return made
 
 
-def _exchanged(config: Config, shards: int, shape: _Shape) -> float:
-    """Bytes a device sends one way in one layer: the smallest buffer, as compiled."""
-    m, tokens = config.model, max(1, round(shape.tokens))
-    if shards == 1:
-        return 0.0
+def _exchanged(config: Config, sizes: dict[str, int], shape: _Shape) -> tuple[float, float]:
+    """Bytes a device sends in one layer, forward and backward, over `expert`, and over `model` to
+    bring the rows of its shards together: the smallest buffers, as compiled."""
+    m, shards = config.model, sizes["expert"]
+    parts = sizes["model"] if exchange.sends_own_rows(config.train.seq_len, sizes) else 1
+    tokens = max(1, round(shape.tokens / parts))
     kind = m.expert_exchange
     if kind == "auto":
         kind = exchange.cheapest(tokens, shards, m.n_experts, m.top_k)
+    first = exchange.sizes(kind, tokens, shards, m.n_experts, m.top_k)[0]
+    # Rows on a device behind the `expert` axis; and the share of them that came over it.
+    share = (shards - 1) / shards
     if kind == "all_gather":
-        rows = (shards - 1) * tokens
+        rows, sent = shards * tokens, share * shards * tokens
     elif kind == "ragged":
-        rows = (shards - 1) / shards * tokens * m.top_k
+        rows, sent = first, share * tokens * m.top_k
     else:
-        slots = exchange.sizes("all_to_all", tokens, shards, m.n_experts, m.top_k)[0]
-        rows = (shards - 1) / shards * m.n_experts * slots
-    return rows * m.d_model * shape.width
+        rows, sent = m.n_experts * first, share * m.n_experts * first
+    # There and back (twice in a pipeline); backward the rows and their gradients go there and one
+    # gradient back. Beside them go combine weights, float32, with each pass there and their
+    # gradients back; where rows are gathered those of all their choices, and the choices.
+    forward = 2 if sizes["stage"] > 1 else 1
+    numbers = (2 * forward + 3) * m.top_k if kind == "all_gather" else forward + 2
+    row = (2 * forward + 3) * m.d_model * shape.width + 4 * numbers
+    return sent * row, (parts - 1) * rows * row
 
 
 def _kv_width(config: Config) -> int:

@@ -1,6 +1,7 @@
 """The mixture of experts: its router and its dropless dispatch equal the plain dense layer."""
 
 import functools
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -9,14 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from meshes import TOKENS, on, put, put_params
 from reference import assert_close
 
 from jaxmoe import spec as spec_lib
-from jaxmoe.config import ModelConfig, RouterConfig, replace
+from jaxmoe.config import MeshConfig, ModelConfig, RouterConfig, replace
 from jaxmoe.kernels import exchange
+from jaxmoe.mesh import BATCH, COMPUTE, abstract, partition
 from jaxmoe.model import moe as moe_lib
+from jaxmoe.spec import map_specs
 
 CFG = ModelConfig(
     d_model=10,
@@ -28,7 +32,14 @@ CFG = ModelConfig(
     router=RouterConfig(bias=True, n_groups=2, top_k_groups=2),
 )
 B, L, D, E, A = 4, 40, 10, 8, 3
-MESHES = {"one": {}, "expert4": {"expert": 4}, "expert2_model2": {"expert": 2, "model": 2}}
+# The axes of a mesh, and whether its `model` shards have rows of their own or the same.
+MESHES = {
+    "one": ({}, False),
+    "expert4": ({"expert": 4}, False),
+    "expert2_model2": ({"expert": 2, "model": 2}, True),
+    "expert2_model2_copies": ({"expert": 2, "model": 2}, False),
+}
+SPREAD = P(BATCH, ("context", "model"))
 
 
 @functools.cache
@@ -86,12 +97,44 @@ def test_router_gradient_equals_that_of_the_dense_layer() -> None:
 WEIGHTS = moe_lib._weights_spec(CFG)
 
 
-def forced(load: int, mesh: Mesh) -> np.ndarray:
+@dataclass(frozen=True)
+class Where:
+    """How rows lie on a mesh."""
+
+    mesh: Mesh
+    spread: bool
+
+    @property
+    def ways(self) -> int:
+        """Of `model`, over which rows are spread."""
+        return self.mesh.shape["model"] if self.spread else 1
+
+    @property
+    def tokens(self) -> int:
+        """That a device sends."""
+        return B * L // self.mesh.shape["expert"] // self.ways
+
+    def parts(self, ids: np.ndarray) -> np.ndarray:
+        """[B, L, A] -> [expert, model, tokens, A]."""
+        e, m = self.mesh.shape["expert"], self.ways
+        return ids.reshape(e, B // e, m, L // m, A).swapaxes(1, 2).reshape(e, m, -1, A)
+
+    def whole(self, parts: np.ndarray) -> np.ndarray:
+        """The way back."""
+        e, m = self.mesh.shape["expert"], self.ways
+        return parts.reshape(e, m, B // e, L // m, A).swapaxes(1, 2).reshape(B, L, A)
+
+
+def where_of(name: str) -> Where:
+    axes, spread = MESHES[name]
+    return Where(mesh=on(**axes), spread=spread)
+
+
+def forced(load: int, where: Where) -> np.ndarray:
     """ids_BLA: one shard sends exactly `load` rows to expert 2; everything else is even."""
-    shards = mesh.shape["expert"]
-    tokens = B * L // shards
+    tokens = where.tokens
     others = [e for e in range(E) if e != 2]
-    even = np.arange(B * L * A).reshape(shards, tokens, A) % E
+    even = np.arange(B * L * A).reshape(-1, tokens, A) % E
     ids = even.copy()
     heavy = np.array([others[i % len(others)] for i in range(tokens * A)]).reshape(tokens, A)
     heavy[:load, 0] = 2
@@ -99,7 +142,7 @@ def forced(load: int, mesh: Mesh) -> np.ndarray:
     heavy[:load, 1:] = fill.reshape(load, A - 1)
     ids[-1] = heavy
     assert all(len(set(token)) == A for token in ids.reshape(-1, A))
-    return ids.reshape(B, L, A).astype(np.int32)
+    return where.whole(ids).astype(np.int32)
 
 
 # (expert_path, expert_exchange)
@@ -111,28 +154,38 @@ WAYS = (
     ("kernel", "all_to_all"),
     ("kernel", "all_gather"),
 )
+# Of those where all shards of `model` send the same rows.
+COPIES = (("batched", "all_to_all"), ("blocked", "ragged"))
 
 
-def sizes_on(mesh: Mesh, cfg: ModelConfig) -> list[int]:
-    shards = mesh.shape["expert"]
-    tokens = B * L // shards
+def sizes_on(where: Where, cfg: ModelConfig) -> tuple[list[int], int]:
+    """Compiled sizes, and what always suffices."""
+    shards, tokens = where.mesh.shape["expert"], where.tokens
     kind = moe_lib.exchange_of(cfg, tokens, shards)
-    return exchange.sizes(kind, tokens, shards, E, A)
+    if kind == "all_gather":
+        tokens *= where.ways
+    args = (kind, tokens, shards, E, A)
+    return exchange.sizes(*args), exchange.most(*args)
 
 
-def size_for(ids: np.ndarray, mesh: Mesh, cfg: ModelConfig) -> int:
+def size_for(ids: np.ndarray, where: Where, cfg: ModelConfig) -> int:
     """The smallest compiled size that holds the loads, counted plainly; 0: none does."""
-    shards, sizes = mesh.shape["expert"], sizes_on(mesh, cfg)
-    if moe_lib.exchange_of(cfg, B * L // shards, shards) == "all_to_all":
-        largest = max(np.bincount(part.ravel()).max() for part in np.split(ids, shards))
+    shards, (sizes, _) = where.mesh.shape["expert"], sizes_on(where, cfg)
+    kind = moe_lib.exchange_of(cfg, where.tokens, shards)
+    parts = where.parts(ids)
+    if kind == "all_to_all":  # of an expert, from each shard
+        loads = [np.bincount(part.ravel()) for of_model in parts for part in of_model]
+    elif kind == "ragged":  # of a device's experts, from its peers, the same of `model`
+        loads = [np.bincount(part.ravel() // (E // shards)) for part in parts.swapaxes(0, 1)]
     else:
-        largest = np.bincount(ids.ravel() // (E // shards)).max()
+        loads = [np.bincount(ids.ravel() // (E // shards))]
+    largest = max(load.max() for load in loads)
     return next((size for size in sizes if size >= largest), 0)
 
 
-def cases(mesh: Mesh, cfg: ModelConfig) -> dict[str, np.ndarray]:
+def cases(where: Where, cfg: ModelConfig) -> dict[str, np.ndarray]:
     """Forced ids, by name."""
-    most = B * L // mesh.shape["expert"]
+    most = where.tokens
     sizes = [*exchange.sizes("all_to_all", most, 1, E, A), most]
     rng = np.random.default_rng(3)
     three = np.stack([rng.permutation([1, 4, 6]) for _ in range(B * L)])
@@ -140,8 +193,8 @@ def cases(mesh: Mesh, cfg: ModelConfig) -> dict[str, np.ndarray]:
     even = (np.arange(B * L * A) % E).reshape(B, L, A).astype(np.int32)
     mixed = even.copy()
     mixed[0] = low[:L]
-    slots = {f"just fits {c}": forced(c, mesh) for c in sizes}
-    slots |= {f"one more than {c}": forced(c + 1, mesh) for c in sizes[:-1]}
+    slots = {f"just fits {c}": forced(c, where) for c in sizes}
+    slots |= {f"one more than {c}": forced(c + 1, where) for c in sizes[:-1]}
     return {
         "balanced": even,
         **(slots if cfg.expert_exchange == "all_to_all" else {}),
@@ -179,25 +232,34 @@ def size_taken(cfg: ModelConfig, ids: Any) -> Any:
         size, _ = moe_lib._switch(cfg, order, run, jnp.int32(0))
         return jnp.full_like(ids_blA, size)
 
-    return jax.shard_map(report, in_specs=TOKENS, out_specs=TOKENS)(ids)
+    spec = P(*jax.typeof(ids).sharding.spec)
+    return jax.shard_map(report, in_specs=spec, out_specs=spec)(ids)
 
 
 @pytest.mark.parametrize("way", WAYS, ids="-".join)
-@pytest.mark.parametrize("where", MESHES)
-def test_dispatch_equals_every_expert_for_every_token(where: str, way: tuple[Any, Any]) -> None:
+@pytest.mark.parametrize("name", MESHES)
+def test_dispatch_equals_every_expert_for_every_token(
+    name: str, way: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Values and all gradients, whatever the load, through each compiled size."""
-    mesh, cfg = on(**MESHES[where]), replace(CFG, expert_path=way[0], expert_exchange=way[1])
-    if where == "one" and way[1] in ("all_gather", "ragged"):
+    if "model2" in name:  # twice a balanced load is all that two shards can get
+        monkeypatch.setattr(exchange, "CAPACITY_FACTORS", (1.25, 1.75))
+    where, cfg = where_of(name), replace(CFG, expert_path=way[0], expert_exchange=way[1])
+    if name == "one" and way[1] in ("all_gather", "ragged"):
         pytest.skip("nothing travels on one device")
+    if "copies" in name and way not in COPIES:
+        pytest.skip("the rows are those of the other ways")
+    mesh, rows_spec = where.mesh, SPREAD if where.spread else TOKENS
     x, weights, ct = rows(4, B, L, D), rows(5, B, L, A), rows(6, B, L, D)
     w = params().experts
-    taken, sizes = set(), sizes_on(mesh, cfg)
-    for name, ids in cases(mesh, cfg).items():
+    taken, (sizes, most) = set(), sizes_on(where, cfg)
+    for name, ids in cases(where, cfg).items():
         with jax.set_mesh(mesh):
-            args = put(mesh, (x, weights, ids, w, ct), (TOKENS, TOKENS, TOKENS, WEIGHTS, TOKENS))
+            specs = (rows_spec, rows_spec, rows_spec, WEIGHTS, rows_spec)
+            args = put(mesh, (x, weights, ids, w, ct), specs)
             *got, overflow = dispatched(cfg, *args)
             ran = np.unique(size_taken(cfg, args[2]))
-        assert ran.tolist() == [size_for(ids, mesh, cfg)], name
+        assert ran.tolist() == [size_for(ids, where, cfg)], name
         assert float(overflow) == (ran[0] != sizes[0]), name
         taken.add(int(ran[0]))
         want = plainly(x, weights, ids, w, ct)
@@ -208,9 +270,8 @@ def test_dispatch_equals_every_expert_for_every_token(where: str, way: tuple[Any
             strict=True,
         ):
             assert_close(g, v, name=f"{name}: {part}")
-    shards = mesh.shape["expert"]
-    kind = moe_lib.exchange_of(cfg, B * L // shards, shards)
-    several = {0} if sizes[-1] < exchange.most(kind, B * L // shards, shards, E, A) else set()
+    several = {0} if sizes[-1] < most else set()
+    assert several or name == "one"
     assert {sizes[0]} | several <= taken
     assert way[1] != "all_to_all" or taken == set(sizes) | several
 
@@ -228,6 +289,25 @@ def test_sizes_are_no_larger_than_what_always_suffices(monkeypatch: pytest.Monke
     # Times a mean load of 60, in eights; and of 480 rows a device.
     assert exchange.sizes("all_to_all", 160, 4, 8, 3) == [80, 120]
     assert exchange.sizes("all_gather", 160, 4, 8, 3) == [600, 960]
+
+
+@pytest.mark.parametrize(("length", "own"), [(L, True), (L + 1, False)])
+def test_shards_of_model_send_their_own_rows_where_they_divide(length: int, own: bool) -> None:
+    """What an all-to-all over `expert` carries, and where the output is."""
+    mesh = abstract(MeshConfig(data=1, expert=2, model=2), 4)
+    x = jax.ShapeDtypeStruct((B, length, D), jnp.float32, sharding=NamedSharding(mesh, TOKENS))
+    weights = map_specs(
+        lambda s: jax.ShapeDtypeStruct(
+            s.shape, jnp.float32, sharding=NamedSharding(mesh, partition(s, COMPUTE))
+        ),
+        moe_lib.moe_specs(CFG),
+    )
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(partial(moe_lib.moe, cfg=CFG)).trace(weights, x)
+    y, _ = traced.out_info
+    assert y.sharding.spec[1] == (("context", "model") if own else "context")
+    slots = exchange.sizes("all_to_all", B * length // (4 if own else 2), 2, E, A)[0]
+    assert f"f32[2,{E // 2},{slots},{D}]" in str(traced.jaxpr)
 
 
 def test_rows_go_the_way_that_moves_fewer() -> None:

@@ -102,18 +102,55 @@ def test_tensor_parallel_sums_activations() -> None:
     assert found.sent == pytest.approx((4 + 2) * 2 * 1 / 2 * (8 * 4 * 8 * 4)) and not found.hidden
 
 
+def test_what_is_not_kept_is_gathered_again() -> None:
+    """A half of a layer moves its rows four times: five with rematerialisation, and seven in a
+    pipeline."""
+    full = replace(MODEL, n_layers=2, remat="full")
+    for axes, times in (({}, 5), ({"stage": 2, "microbatches": 4}, 7)):
+        flow = sent(full, 8, model=2, **axes)["sums over heads and width/model"]
+        stages = axes.get("stage", 1)
+        rows = (8 * 4 * 8 * 4) / 2
+        assert flow.sent == pytest.approx((times * 2 * 2 + 4) / stages * rows)
+
+
 def test_experts_rows_travel_five_times() -> None:
-    model = replace(MODEL, expert_exchange="ragged")
+    """With a float32 beside each three times; in a pipeline seven, with four."""
+    model = replace(MODEL, expert_exchange="ragged", n_layers=2)
     flow = sent(model, batch=8, expert=4)["rows to experts and back/expert"]
     tokens = 8 * 4 / 4
-    assert flow.sent == pytest.approx(5 * 3 / 4 * tokens * 2 * 8 * 4)
+    assert flow.sent == pytest.approx(2 * 3 / 4 * tokens * 2 * (5 * 8 + 3) * 4)
+    staged = sent(model, batch=8, stage=2, expert=4, microbatches=2)
+    flow = staged["rows to experts and back/expert"]
+    assert flow.sent == pytest.approx(1 * 3 / 4 * tokens * 2 * (7 * 8 + 4) * 4)
 
 
-def test_stages_send_each_microbatch_there_and_back() -> None:
+def test_shards_of_model_send_their_own_rows() -> None:
+    """A part of them over `expert`, all behind it over `model`, and no sums of experts any more:
+    slots for 8 rows of each of 4 experts, or of the tokens each on both devices."""
+    copies, own = sent(MODEL, 8, model=2), "experts' rows together/model"
+    for kind, there, together in (("all_to_all", 1 / 2 * 4 * 8, 4 * 8), ("all_gather", 8, 16)):
+        found = sent(replace(MODEL, expert_exchange=kind), 8, expert=2, model=2)
+        numbers = 3 if kind == "all_to_all" else 5 * 2
+        flow = found["rows to experts and back/expert"]
+        assert flow.sent == pytest.approx(there * (5 * 8 + numbers) * 4)
+        assert found[own].sent == pytest.approx(together * (5 * 8 + numbers) * 4)
+        # One half of the layer's two, of half the tokens; and the embedding's and the loss's.
+        sums = found["sums over heads and width/model"].sent
+        assert sums == pytest.approx(copies["sums over heads and width/model"].sent / 2 * 8 / 12)
+    # 4 positions do not divide over 8 shards: all send the same.
+    uneven = sent(replace(MODEL, n_heads=8, n_kv_heads=1, d_ff=16), 8, expert=2, model=8)
+    assert own not in uneven
+
+
+def test_stages_send_each_microbatch_around_and_back() -> None:
+    """To the next stage, and around to the first and the last; and gradients. Rows are spread over
+    `model`."""
     model = replace(MODEL, n_layers=4)
     found = sent(model, batch=8, stage=2, rounds=2, microbatches=4)
     flow = found["activations to the next stage/stage"]
-    assert flow.sent == pytest.approx(2 * 2 * 8 * 4 * 8 * 4)
+    assert flow.sent == pytest.approx(6 * 2 * 8 * 4 * 8 * 4)
+    spread = sent(model, batch=8, stage=2, model=2, rounds=2, microbatches=4)
+    assert spread["activations to the next stage/stage"].sent == pytest.approx(flow.sent / 2)
 
 
 def test_keys_and_values_go_around() -> None:
