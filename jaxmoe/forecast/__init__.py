@@ -3,17 +3,26 @@
 from jaxmoe.forecast.curve import Run, Schedule, until
 from jaxmoe.forecast.hook_api import Forecast, PathPoint, Quantiles, forecast_final, ready
 from jaxmoe.forecast.laws import Fit, Law, WithinRun
+from jaxmoe.forecast.moe_law import MoeStack
+from jaxmoe.forecast.points import Points, read_points
+from jaxmoe.forecast.siblings import SiblingLaw
+from jaxmoe.forecast.stack import Stack
 
 __all__ = [
     "Fit",
     "Forecast",
     "Law",
+    "MoeStack",
     "PathPoint",
+    "Points",
     "Quantiles",
     "Run",
     "Schedule",
+    "SiblingLaw",
+    "Stack",
     "WithinRun",
     "forecast_final",
+    "read_points",
     "ready",
     "until",
 ]

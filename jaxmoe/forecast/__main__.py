@@ -1,4 +1,4 @@
-"""`python -m jaxmoe.forecast`: verify a register, score it, or forecast a run from its files."""
+"""`python -m jaxmoe.forecast`: verify a register, score it, or forecast a run from its records."""
 
 import argparse
 import dataclasses
@@ -14,6 +14,8 @@ from rich.table import Table
 
 from jaxmoe.errors import UserError
 from jaxmoe.forecast import register
+from jaxmoe.forecast.cli_benchmark import show_benchmark
+from jaxmoe.forecast.cli_points import add_target, fit_points
 from jaxmoe.forecast.curve import Run, Schedule
 from jaxmoe.forecast.hook_api import Forecast, forecast_final
 from jaxmoe.forecast.score import Score, score, summarise
@@ -21,7 +23,9 @@ from jaxmoe.forecast.score import Score, score, summarise
 EXAMPLES = """examples:
   python -m jaxmoe.forecast verify runs/tiny
   python -m jaxmoe.forecast score runs/tiny runs/small --json
+  python -m jaxmoe.forecast score --benchmark --data loss_curves
   python -m jaxmoe.forecast fit runs/tiny --at 300
+  python -m jaxmoe.forecast fit ladder.csv --params 7e9 --tokens 2e11 --json
 
 exit codes: 0 success, 1 verify found problems, 2 a mistake in what was asked"""
 
@@ -54,9 +58,13 @@ def _parser() -> argparse.ArgumentParser:
     verify = add("verify", _verify, "check the register's hash chain, and the evals it rests on")
     verify.add_argument("run", metavar="RUN", type=Path, help="run directory")
     scores = add("score", _score, "score every forecast against the outcome")
-    scores.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run directories")
-    fit = add("fit", _fit, "forecast the final loss from config.json, schedule.json, evals.jsonl")
-    fit.add_argument("run", metavar="RUN", type=Path, help="run directory")
+    scores.add_argument("runs", metavar="RUN", type=Path, nargs="*", help="run directories")
+    scores.add_argument("--benchmark", action="store_true", help="score all laws on public data")
+    scores.add_argument("--data", metavar="DIR", type=Path, help="its points.csv, curves.csv.gz")
+    fit = add("fit", _fit, "forecast a final loss: of a run from its evals, or from finished runs")
+    what = "a run directory, or CSV / JSON-lines files of finished runs"
+    fit.add_argument("records", metavar="RECORDS", type=Path, nargs="+", help=what)
+    add_target(fit)
     fit.add_argument("--at", type=int, metavar="STEP", help="use evals up to this step only")
     fit.add_argument(
         "--eval-set", metavar="NAME", help="held-out set (default: that of the first eval)"
@@ -82,6 +90,12 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _score(args: argparse.Namespace) -> int:
+    if args.benchmark:
+        if args.data is None or args.runs:
+            raise UserError("--benchmark takes --data DIR and no runs")
+        return show_benchmark(args.data, as_json=args.json, console=_console())
+    if not args.runs or args.data is not None:
+        raise UserError("give run directories, or --benchmark --data DIR")
     scores: list[tuple[str, Score]] = []
     for run in args.runs:
         path = _folder(run) / "forecasts.jsonl"
@@ -124,7 +138,11 @@ def _score(args: argparse.Namespace) -> int:
 
 
 def _fit(args: argparse.Namespace) -> int:
-    run = load_run(args.run, eval_set=args.eval_set)
+    if any(path.is_file() for path in args.records):
+        return fit_points(args, _console())
+    if len(args.records) > 1:
+        raise UserError(f"{args.records[1]}: fit takes one run directory, or files of records")
+    run = load_run(args.records[0], eval_set=args.eval_set)
     forecast = forecast_final(run if args.at is None else run.until(args.at), seed=args.seed)
     if args.json:
         print(forecast.json())
