@@ -166,7 +166,9 @@ class DataConfig(_Strict):
 
     path: str | None = None  # a folder of text files; None: what this Python installation has
     holdout: tuple[str, ...] = ()  # packages never trained on; (): a share of them, by hash
-    tokenizer: Literal["bpe", "bytes"] = "bpe"
+    # bpe: learnt from this text, of model.vocab_size ids; bytes; default: ours of 32,768 ids; or a
+    # file: tokenizer.json, *.tiktoken, a sentencepiece *.model.
+    tokenizer: Annotated[str, Field(min_length=1)] = "bpe"
     tokenizer_bytes: Positive = 6_000_000  # text that the BPE merges are learnt from
     max_bytes: Positive = 32_000_000  # of training text, whole documents chosen by hash
     holdout_bytes: Positive = 400_000  # of held-out text, likewise

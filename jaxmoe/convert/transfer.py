@@ -1,5 +1,6 @@
 """Moves tensors between a Hugging Face folder and a folder of parameters, one at a time."""
 
+import base64
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from jaxmoe.convert import families, safetensors
 from jaxmoe.convert.links import Link, links
 from jaxmoe.convert.quantised import Source, unpacked
 from jaxmoe.convert.store import Store, copy_to
+from jaxmoe.data.tokenizer import SPECIALS
 from jaxmoe.errors import UserError
 from jaxmoe.model.lm import lm_specs
 from jaxmoe.run.params import CONFIG, FORMAT, TOKENIZER, Params, open_params
@@ -215,9 +217,13 @@ def _write_tokenizer(params: Params, to: Path, hf: dict[str, Any]) -> None:
     tokenizer = json.loads(source.read_text())
     if tokenizer.get("kind") == "bytes":  # transformers has no such tokenizer
         return
+    if tokenizer.get("kind") == "sentencepiece":
+        (to / "tokenizer.model").write_bytes(base64.b64decode(tokenizer["model"]))
+        return
     shutil.copyfile(source, to / "tokenizer.json")
     special = [t for t in tokenizer.get("added_tokens", []) if t.get("special")]
-    end = special[0] if special else None
+    ends = [t for t in special if t["content"] in SPECIALS["eot"]]
+    end = (ends or special or [None])[0]
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": params.seq_len}
     if end is not None:
         about["eos_token"] = end["content"]

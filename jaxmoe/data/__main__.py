@@ -16,6 +16,7 @@ from rich.table import Table
 import jaxmoe
 from jaxmoe.config import Config, apply_sets, load
 from jaxmoe.config_check import check
+from jaxmoe.data import build_cli
 from jaxmoe.data.build import Report
 from jaxmoe.data.cache import Corpus, prepare
 from jaxmoe.data.loader import Stream
@@ -27,12 +28,16 @@ _EXAMPLES = """examples:
   python -m jaxmoe.data build --config configs/quickstart.py:tiny --json
   python -m jaxmoe.data inspect --position 1000 --rows 2
 """
+_EXAMPLES += build_cli.EXAMPLES
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command. 0 on success, 2 with one line on stderr for a user's mistake."""
     args = _parser().parse_args(argv)
     try:
+        if build_cli.wanted(args):
+            build_cli.run(args)
+            return 0
         config = apply_sets(load(args.config), args.set)
         check(config)
         if args.command == "build":
@@ -65,6 +70,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=shown,
     )
+    build_cli.add_arguments(build)
+    build_cli.add_train_tokenizer(commands)
     build.add_argument("--verify", action="store_true", help="compare every file's SHA-256")
     inspect = commands.add_parser(
         "inspect",

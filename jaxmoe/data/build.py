@@ -23,7 +23,8 @@ import numpy as np
 from jaxmoe.config import DataConfig
 from jaxmoe.data.holdout import Overlap, Split, Taken, split, take
 from jaxmoe.data.sources import Document, Listing, screen
-from jaxmoe.data.tokenizer import Tokenizer, bytes_tokenizer, train_bpe
+from jaxmoe.data.tokenizer import Tokenizer, train_bpe
+from jaxmoe.data.tokenizer_files import load_tokenizer
 from jaxmoe.errors import UserError
 
 __all__ = ["FORMAT", "MANIFEST", "Report", "write"]
@@ -135,9 +136,20 @@ def _documents(config: DataConfig, parts: Split, where: str, report: Report) -> 
     return heldout, train
 
 
+def named_tokenizer(config: DataConfig, vocab_size: int) -> Tokenizer:
+    """One that is not learnt from this text. Raises UserError: none, or of too many ids."""
+    tokenizer = load_tokenizer(config.tokenizer)
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"model.vocab_size={vocab_size}: tokenizer {config.tokenizer} has "
+            f"{tokenizer.vocab_size} ids; set it to that or more"
+        )
+    return tokenizer
+
+
 def _tokenizer(config: DataConfig, vocab_size: int, documents: Sequence[Document]) -> Tokenizer:
-    if config.tokenizer == "bytes":
-        return bytes_tokenizer()
+    if config.tokenizer != "bpe":
+        return named_tokenizer(config, vocab_size)
     sample: list[str] = []
     total = 0
     for document in documents:  # in hash order: the first ones are a fair sample

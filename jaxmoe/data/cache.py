@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxmoe.config import DataConfig
 from jaxmoe.data import sources
-from jaxmoe.data.build import FORMAT, MANIFEST, Report, sync_folder, write
+from jaxmoe.data.build import FORMAT, MANIFEST, Report, named_tokenizer, sync_folder, write
 from jaxmoe.data.tokenizer import Tokenizer
 from jaxmoe.errors import UserError
 
@@ -177,12 +177,16 @@ def cache_root(config: DataConfig) -> Path:
 
 def _key(config: DataConfig, vocab_size: int, listing: sources.Listing) -> str:
     """Names and times stand for the contents: reading 70 MB at each start would be too slow."""
-    bpe = config.tokenizer == "bpe"
+    tokenizer: object = config.tokenizer
+    if tokenizer == "bpe":
+        tokenizer = ["bpe", config.tokenizer_bytes, vocab_size]
+    elif tokenizer != "bytes":  # a file may change under its name
+        tokenizer = [named_tokenizer(config, vocab_size).fingerprint]
     return _digest(
         {
             "format": FORMAT,
             "holdout": sorted(set(config.holdout)),
-            "tokenizer": [config.tokenizer, config.tokenizer_bytes, vocab_size] if bpe else "bytes",
+            "tokenizer": tokenizer,
             "max_bytes": config.max_bytes,
             "holdout_bytes": config.holdout_bytes,
             "files": [[f.package, f.name, f.size, f.mtime_ns] for f in listing.files],

@@ -18,7 +18,18 @@ from typing import Literal
 
 from jaxmoe.errors import UserError
 
-__all__ = ["Document", "File", "Listing", "Unreadable", "folder", "installed", "read", "screen"]
+__all__ = [
+    "Document",
+    "File",
+    "Listing",
+    "Unreadable",
+    "VENDORED",
+    "fault",
+    "folder",
+    "installed",
+    "read",
+    "screen",
+]
 
 # What our lock installs for every user, without the development tools: a developer and a GPU box
 # with the same lock then see the same text. Left out: plotly (17 MB, generated validators), jaxlib
@@ -39,9 +50,9 @@ _ABSENT_ELSEWHERE = frozenset(
     ("distutils", "encodings", "ensurepip", "idlelib", "lib2to3", "tkinter", "turtledemo")
 )
 # Tests are left out by some packagers; vendored copies would leak one package into another.
-_SKIPPED_FOLDERS = frozenset(
+VENDORED = frozenset(("_vendor", "vendor", "_vendored", "vendored", "_external", "externals"))
+_SKIPPED_FOLDERS = VENDORED.union(
     ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__")
-    + ("_vendor", "vendor", "_vendored", "vendored", "_external", "externals")
     + ("export_back_compat_test_data",)  # jax: serialised programs as bytes literals
 )
 _MIN_BYTES, _MAX_BYTES = 200, 1_000_000  # of an installed file
@@ -166,7 +177,7 @@ def screen(listing: Listing) -> Listing:
         except OSError:
             skipped["unreadable"] += 1
             continue
-        reason = _fault(head, file.kind, whole=len(head) == file.size)
+        reason = fault(head, file.kind, whole=len(head) == file.size)
         if reason:
             skipped[reason] += 1
         else:
@@ -189,7 +200,7 @@ def read(file: File) -> list[Document]:
         data = file.path.read_bytes()
     except OSError:
         raise Unreadable("unreadable") from None
-    reason = _fault(data, file.kind, whole=True)
+    reason = fault(data, file.kind, whole=True)
     if reason:
         raise Unreadable(reason)
     if file.kind == "topics":
@@ -233,7 +244,8 @@ def _refused(path: Path, root: Path) -> str | None:
     return "empty" if path.stat().st_size == 0 else None
 
 
-def _fault(data: bytes, kind: str, *, whole: bool) -> str | None:
+def fault(data: bytes, kind: str, *, whole: bool) -> str | None:
+    """Why a file, or the beginning of one (not `whole`), has no text for us; None if it has."""
     if b"\0" in data:
         return "NUL bytes"
     try:

@@ -1,5 +1,6 @@
 """A run of ours becomes a folder of the hub: its newest whole checkpoint, bit by bit."""
 
+import base64
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer
 
 from jaxmoe import tree
 from jaxmoe.convert import transfer
+from jaxmoe.data import ranks
 from jaxmoe.data.tokenizer import EOT, train_bpe
 from jaxmoe.errors import UserError
 from jaxmoe.model.lm import lm_specs
@@ -192,3 +194,19 @@ def test_a_bpe_goes_along(straight: Path, tmp_path: Path) -> None:
     transfer.to_hf(tmp_path / "back", tmp_path / "again", None, quiet)
     assert (tmp_path / "again" / "tokenizer.json").read_bytes() == theirs.read_bytes()
     assert_same(read(tmp_path / "again"), read(tmp_path / "hf"))
+
+
+def test_other_tokenizers_go_along(straight: Path, tmp_path: Path) -> None:
+    """The end of text is not always the first special token; sentencepiece has its own file."""
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    alphabet = {bytes([b]): b for b in range(256)}
+    specials = {"<|pad|>": 256, "<|endoftext|>": 257}
+    (run / "tokenizer.json").write_text(ranks.to_json(alphabet, ranks.PATTERNS["gpt2"], specials))
+    hf, _ = transfer.to_hf(run, tmp_path / "hf", None, quiet)
+    assert hf["eos_token_id"] == 257
+    model = base64.b64encode(b"a model").decode()
+    (run / "tokenizer.json").write_text(json.dumps({"kind": "sentencepiece", "model": model}))
+    transfer.to_hf(run, tmp_path / "pieces", None, quiet)
+    assert (tmp_path / "pieces" / "tokenizer.model").read_bytes() == b"a model"
+    assert not (tmp_path / "pieces" / "tokenizer.json").exists()
