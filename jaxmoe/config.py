@@ -161,6 +161,27 @@ class ModelConfig(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceConfig(_Strict):
+    """One source of the mix, by its name in the data set."""
+
+    name: str
+    weight: Annotated[float, Field(gt=0)] = 1.0  # its share of the tokens, over the sum of weights
+    epochs: Annotated[float, Field(gt=0)] | None = None  # how often it is read at most
+    # Fill in the middle (Bavarian et al., arXiv:2207.14255): the share of documents that are turned
+    # around, and of these the share that begins with the suffix (SPM), the others with the prefix.
+    fim_rate: Fraction = 0.0
+    fim_spm: Fraction = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseConfig(_Strict):
+    """Other weights, from the first step on before which so many tokens are consumed."""
+
+    tokens: Positive
+    weights: tuple[tuple[str, NonNegative], ...]  # (name, weight); sources not named rest
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig(_Strict):
     """Where text comes from, what is held out, and how it becomes tokens."""
 
@@ -173,6 +194,14 @@ class DataConfig(_Strict):
     max_bytes: Positive = 32_000_000  # of training text, whole documents chosen by hash
     holdout_bytes: Positive = 400_000  # of held-out text, likewise
     document_mask: bool = False  # attention stays in the document, positions restart in each
+    sources: tuple[SourceConfig, ...] = ()  # (): all of the data set, by their size
+    phases: tuple[PhaseConfig, ...] = ()
+    # split: the row of tokens is cut where a sequence ends. best_fit: documents stay whole where
+    # they fit (data/packing.py); neither pads.
+    packing: Literal["split", "best_fit"] = "split"
+    # A source that a run would read more often than its epochs: the run is refused, or the source
+    # stops there and the others share its weight.
+    on_cap: Literal["refuse", "redistribute"] = "refuse"
     cache: str | None = None  # None: $JAXMOE_CACHE, or ~/.cache/jaxmoe
 
 
@@ -195,9 +224,29 @@ class OptimConfig(_Strict):
     weight_decay: NonNegative = 0.1
     clip: Annotated[float, Field(gt=0)] = 1.0  # of the global gradient norm
     schedule: Literal["wsd", "cosine", "constant"] = "wsd"
+    # How the rate follows train.batch_ramp: times the tokens of a step over those of the run's
+    # largest, to the power of 0, 1/2 (Malladi et al., arXiv:2205.10287) or 1. lr is the largest's.
+    batch_rule: Literal["none", "sqrt", "linear"] = "none"
     warmup_steps: Natural = 50
     decay_fraction: Fraction = 0.2  # of all steps, at the end (wsd)
     final_lr: Fraction = 0.0  # of the peak, at the last step
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchStage(_Strict):
+    """From the first step on before which `tokens` are consumed."""
+
+    tokens: Positive
+    batch_size: Positive  # sequences of train.seq_len, over all devices
+    accumulate: Positive = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthStage(_Strict):
+    """From the first step on before which `tokens` are consumed; 0: from the start."""
+
+    tokens: Natural
+    seq_len: Positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +256,11 @@ class TrainConfig(_Strict):
     # Parts that a step's batch is computed in, one after another: activations of one part live at
     # one time. Divides batch_size; gradients are summed, in float32, and divided once.
     accumulate: Positive = 1
-    seq_len: Positive = 256  # tokens
+    seq_len: Positive = 256  # tokens; also of held-out sequences
+    batch_ramp: tuple[BatchStage, ...] = ()
+    # Other lengths of training sequences; a batch keeps its tokens, so that seq_len * batch_size
+    # must divide by each.
+    length_ramp: tuple[LengthStage, ...] = ()
     log_every: Positive = 10  # steps
 
 
@@ -263,6 +316,7 @@ class Config(_Strict):
 
     @property
     def tokens_per_step(self) -> int:
+        """Before any ramp (curriculum.py has those of each step)."""
         return self.train.batch_size * self.train.seq_len
 
 

@@ -1,7 +1,10 @@
 """Rules of a config that span fields: what pydantic's types cannot say (config.py)."""
 
+import itertools
+
 from jaxmoe import attention_paths
 from jaxmoe.config import Config, ModelConfig, RopeConfig
+from jaxmoe.curriculum import Shape, curriculum
 from jaxmoe.errors import UserError
 
 
@@ -11,9 +14,11 @@ def check(config: Config) -> None:
     _check_attention(m)
     attention_paths.check(m, config.data.document_mask, mesh.context > 1)
     _check_experts(m)
-    _check_length(config)
-    t = config.train
-    _divides("train.accumulate", t.accumulate, "train.batch_size", t.batch_size)
+    _check_ramps(config)
+    _check_mix(config)
+    for shape in curriculum(config).shapes:
+        _check_shape(config, shape)
+    _check_length(config, config.train.seq_len)
     if not m.is_dense:
         _divides("mesh.expert", mesh.expert, "model.n_experts", m.n_experts)
     for dim in ("n_heads", "n_kv_heads", "d_ff", "d_ff_dense", "vocab_size"):
@@ -37,9 +42,14 @@ def check(config: Config) -> None:
         _require(m.vocab_size >= 257, f"model.vocab_size={m.vocab_size}: bytes need at least 257")
 
 
-def _check_length(config: Config) -> None:
-    """Of the sequences of training and of evaluation, which are equally long."""
-    length, c, chunk = config.train.seq_len, config.mesh.context, config.model.loss_chunk
+def _check_shape(config: Config, shape: Shape) -> None:
+    _divides("train.accumulate", shape.accumulate, "train.batch_size", shape.batch)
+    _check_length(config, shape.length)
+
+
+def _check_length(config: Config, length: int) -> None:
+    """Of the sequences of training, or of evaluation (train.seq_len)."""
+    c, chunk = config.mesh.context, config.model.loss_chunk
     if c == 1:
         _divides("model.loss_chunk", chunk, "train.seq_len", length)
         return
@@ -49,6 +59,53 @@ def _check_length(config: Config) -> None:
         " a device",
     )
     _divides("model.loss_chunk", chunk, "train.seq_len / mesh.context", length // c)
+
+
+def _check_ramps(config: Config) -> None:
+    t = config.train
+    for key, stages in (
+        ("train.batch_ramp", t.batch_ramp),
+        ("train.length_ramp", t.length_ramp),
+        ("data.phases", config.data.phases),
+    ):
+        starts = [stage.tokens for stage in stages]
+        _require(
+            all(a < b for a, b in itertools.pairwise(starts)),
+            f"{key}: its tokens are {starts}; each stage begins after the one before",
+        )
+    for batch in (t.batch_size, *(stage.batch_size for stage in t.batch_ramp)):
+        for stage in t.length_ramp:
+            _require(
+                batch * t.seq_len % stage.seq_len == 0,
+                f"train.length_ramp: {batch} sequences of train.seq_len={t.seq_len} are"
+                f" {batch * t.seq_len} tokens, no whole number of sequences of {stage.seq_len}",
+            )
+    lengths = {t.seq_len, *(stage.seq_len for stage in t.length_ramp)}
+    odd = [length for length in sorted(lengths) if max(lengths) % length]
+    _require(
+        config.data.packing == "split" or not odd,
+        f"train.length_ramp: with data.packing=best_fit {odd and odd[0]} must divide the longest"
+        f" sequence, {max(lengths)}",
+    )
+
+
+def _check_mix(config: Config) -> None:
+    data = config.data
+    names = [source.name for source in data.sources]
+    for name in names:
+        _require(names.count(name) == 1, f"data.sources: {name!r} is there twice")
+    for number, phase in enumerate(data.phases):
+        named = [name for name, _ in phase.weights]
+        for name in named:
+            _require(
+                name in names and named.count(name) == 1,
+                f"data.phases[{number}]: {name!r} must be one of data.sources, once; these are"
+                f" {', '.join(map(repr, names)) or 'not given'}",
+            )
+        _require(
+            any(weight > 0 for _, weight in phase.weights),
+            f"data.phases[{number}]: no source has a weight above 0",
+        )
 
 
 def _check_attention(m: ModelConfig) -> None:

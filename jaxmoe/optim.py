@@ -3,7 +3,7 @@ replicas as well."""
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmoe import mesh
 from jaxmoe.adafactor import scale_by_adafactor
-from jaxmoe.config import OptimConfig
+from jaxmoe.config import Config, OptimConfig
+from jaxmoe.curriculum import curriculum
 from jaxmoe.moments import kept
 from jaxmoe.spec import Spec, is_spec, map_specs
 
@@ -25,13 +26,42 @@ Schedule = Callable[[Any], Any]
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
-def schedule(cfg: OptimConfig, steps: int) -> Schedule:
+# Powers of optim.batch_rule.
+_RULES = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
+
+
+class Factors(NamedTuple):
+    """What the rate is multiplied by from a step on, as the batch grows."""
+
+    steps: tuple[int, ...]  # the first is 0
+    factors: tuple[float, ...]
+
+
+def batch_factors(config: Config) -> Factors | None:
+    """By optim.batch_rule, relative to the largest batch of the run; None: the rate stands."""
+    power, plan = _RULES[config.optim.batch_rule], curriculum(config)
+    values = [(s.shape.tokens / plan.largest) ** power for s in plan.stretches]
+    if all(value == 1 for value in values):
+        return None
+    return Factors(tuple(s.step for s in plan.stretches), tuple(values))
+
+
+def rates(config: Config) -> np.ndarray:
+    """float64 [steps]: learning rate of each update of a run over optim.lr."""
+    return relative_path(config.optim, config.train.steps, batch_factors(config))
+
+
+def schedule(cfg: OptimConfig, steps: int, factors: Factors | None = None) -> Schedule:
     """Learning rate of the update with index 0 .. steps - 1.
 
     wsd: linear warm-up, constant, linear decay over the last `decay_fraction` of all steps (Hu et
     al., arXiv:2404.06395; linear as in Haegele et al., arXiv:2405.18392). The warm-up's first
     update already moves, and `final_lr` is reached one update after the last.
     """
+    if factors is not None:
+        plain, firsts = schedule(cfg, steps), jnp.asarray(factors.steps[1:])
+        values = jnp.asarray(factors.factors, jnp.float32)
+        return lambda step: plain(step) * values[jnp.searchsorted(firsts, step, side="right")]
     after = max(1, steps - cfg.warmup_steps)
     if cfg.schedule == "wsd":
         decay = max(1, round(steps * cfg.decay_fraction))
@@ -49,20 +79,22 @@ def schedule(cfg: OptimConfig, steps: int) -> Schedule:
     return optax.join_schedules([warmup, body], [n])
 
 
-def relative_path(cfg: OptimConfig, steps: int) -> np.ndarray:
+def relative_path(cfg: OptimConfig, steps: int, factors: Factors | None = None) -> np.ndarray:
     """float64 [steps]: learning rate of each update over its peak, for the forecast."""
-    rates = jax.vmap(schedule(cfg, steps))(jnp.arange(steps))
-    return np.asarray(rates, np.float64) / cfg.lr
+    path = jax.vmap(schedule(cfg, steps, factors))(jnp.arange(steps))
+    return np.asarray(path, np.float64) / cfg.lr
 
 
-def optimizer(cfg: OptimConfig, specs: Any, steps: int) -> optax.GradientTransformation:
+def optimizer(
+    cfg: OptimConfig, specs: Any, steps: int, factors: Factors | None = None
+) -> optax.GradientTransformation:
     """Clipping by the global norm, the update rule, decoupled decay of the matrices, the rate."""
     matrices = map_specs(lambda s: s.is_matrix, specs)
     whole = optax.chain(
         optax.clip_by_global_norm(cfg.clip),
         _rule(cfg, specs),
         optax.add_decayed_weights(cfg.weight_decay, mask=matrices),
-        optax.scale_by_learning_rate(schedule(cfg, steps)),
+        optax.scale_by_learning_rate(schedule(cfg, steps, factors)),
     )
     return _over_replicas(whole, cfg) if cfg.shard_over_replica else whole
 

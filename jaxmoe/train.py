@@ -17,13 +17,16 @@ from jaxmoe import config as config_lib
 from jaxmoe import mesh as mesh_lib
 from jaxmoe.config import Config
 from jaxmoe.config_check import check
-from jaxmoe.data.cache import Corpus, cache_root, prepare
+from jaxmoe.curriculum import curriculum
+from jaxmoe.data import feed
+from jaxmoe.data.cache import Corpus, cache_root
+from jaxmoe.data.opened import open_corpus
 from jaxmoe.errors import UserError
 from jaxmoe.forecast import register
 from jaxmoe.forecast.score import score
 from jaxmoe.model.cost import cost
 from jaxmoe.model.lm import lm_specs
-from jaxmoe.optim import relative_path
+from jaxmoe.optim import rates
 from jaxmoe.run import platform, record, xla
 from jaxmoe.run.loop import Outcome, Trainer
 from jaxmoe.run.params import open_params
@@ -69,8 +72,8 @@ def run(config: Config, run_dir: Path, resume: str) -> int:
     xla.keep_compiled(cache_root(config.data))
     mesh = mesh_lib.build(config.mesh)
     mesh_lib.shardings(param_specs(config), mesh)
-    train = config.train
-    mesh_lib.check_batch(mesh, "train.batch_size", train.batch_size, train.accumulate)
+    for shape in curriculum(config).shapes:
+        mesh_lib.check_batch(mesh, "train.batch_size", shape.batch, shape.accumulate)
     mesh_lib.check_batch(mesh, "eval.batch_size", config.eval.batch_size)
     origin = None
     if config.checkpoint.init_from is not None and not record.has_checkpoint(run_dir):
@@ -81,7 +84,7 @@ def run(config: Config, run_dir: Path, resume: str) -> int:
         if writes:
             _say_finished(result, run_dir)
         return 0
-    corpus = prepare(config.data, config.model.vocab_size, _reporter(writes))
+    corpus = open_corpus(config, _reporter(writes))
     record.check_data(run_dir, corpus.fingerprint)
     # Outside of the mesh: it is measured on one device.
     peak = platform.measured_peak(config.model.dtype)
@@ -158,8 +161,8 @@ def _describe(config: Config, trainer: Trainer, peak: float, view: Display) -> N
     trainer.record.write(
         record.SCHEDULE,
         {
-            "lr": relative_path(config.optim, config.train.steps).tolist(),
-            "tokens_per_step": config.tokens_per_step,
+            "lr": rates(config).tolist(),
+            **_tokens(config),
         },
     )
     trainer.record.write(
@@ -176,8 +179,9 @@ def _describe(config: Config, trainer: Trainer, peak: float, view: Display) -> N
             "flops_per_token": counted.flops_per_token,
             "data": {
                 "fingerprint": corpus.fingerprint,
-                "train_tokens": len(corpus.train),
-                "skipped_files": dict(corpus.manifest["skipped"]),
+                "train_tokens": feed.tokens(corpus),
+                "mix": {name: used._asdict() for name, used in feed.used(trainer.stream).items()},
+                "skipped_files": dict(corpus.manifest.get("skipped", {})),
                 "heldout": held_out.name,
                 "heldout_bytes": held_out.bytes,
                 "heldout_fingerprint": held_out.fingerprint,
@@ -191,14 +195,28 @@ def _describe(config: Config, trainer: Trainer, peak: float, view: Display) -> N
         f" mesh {mesh_lib.describe(trainer.mesh.shape)};"
         f" matmul peak {peak / 1e9:.0f} GFLOP/s"
     )
-    skipped = corpus.manifest["skipped"]
+    skipped = corpus.manifest.get("skipped", {})
     if config.data.path is not None and skipped:
         counts = ", ".join(f"{n} {reason}" for reason, n in skipped.items())
         view.note(f"files skipped in {config.data.path}: {counts}")
+    for name, used in feed.used(trainer.stream).items():
+        skipped_tokens = f"; {used.skipped:,} left out" if used.skipped else ""
+        view.note(
+            f"{name}: {used.tokens:,} tokens, {used.epochs:.2f} times its {used.epoch:,}"
+            f"{skipped_tokens}"
+        )
     view.note(
-        f"training text {len(corpus.train) / 1e6:.2f} M tokens; held out {held_out.name},"
+        f"training text {feed.tokens(corpus) / 1e6:.2f} M tokens; held out {held_out.name},"
         f" {held_out.bytes / 1e3:.0f} kB (xz -9: {held_out.xz_bits_per_byte:.3f} bits per byte)"
     )
+
+
+def _tokens(config: Config) -> dict[str, Any]:
+    """For the schedule's file: of a step where all have as many, or else up to each step's end."""
+    plan = curriculum(config)
+    if len({shape.tokens for shape in plan.shapes}) == 1:
+        return {"tokens_per_step": plan.largest}
+    return {"tokens": plan.by_step().tolist()}
 
 
 def _say_finished(result: dict[str, Any], run_dir: Path) -> None:

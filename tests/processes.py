@@ -24,7 +24,7 @@ LOCAL = ROOT / "launch" / "local.sh"
 PATIENCE = 120.0  # seconds for what takes a few on a quiet machine
 
 # Of a metrics line: what time decides, and not the computation.
-TIMED = ("seconds", "perf/step_seconds", "perf/tokens_per_second", "perf/mfu")
+TIMED = ("seconds", "perf/step_seconds", "perf/tokens_per_second", "perf/mfu", "perf/data_wait")
 
 
 @dataclass(frozen=True)

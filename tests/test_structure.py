@@ -24,6 +24,7 @@ FLOORS = {
             "config",
             "config_check",
             "config_file",
+            "curriculum",
             "jax_versions",
             "tree",
             "spec",

@@ -14,18 +14,18 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import jaxmoe
-from jaxmoe.config import Config, apply_sets, load
-from jaxmoe.config_check import check
-from jaxmoe.data import build_cli
+from jaxmoe.config import Config
+from jaxmoe.data import build_cli, inspect
 from jaxmoe.data.build import Report
 from jaxmoe.data.cache import Corpus, prepare
-from jaxmoe.data.loader import Stream
+from jaxmoe.data.opened import open_corpus
 from jaxmoe.errors import UserError
 
 _EXAMPLES = """examples:
   python -m jaxmoe.data build
   python -m jaxmoe.data build --set data.path=books --set data.holdout_bytes=2000000
   python -m jaxmoe.data build --config configs/quickstart.py:tiny --json
+  python -m jaxmoe.data inspect runs/quickstart --step 420
   python -m jaxmoe.data inspect --position 1000 --rows 2
 """
 _EXAMPLES += build_cli.EXAMPLES
@@ -38,8 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if build_cli.wanted(args):
             build_cli.run(args)
             return 0
-        config = apply_sets(load(args.config), args.set)
-        check(config)
+        config = inspect.config_of(args)
         if args.command == "build":
             _build(config, args)
         else:
@@ -73,15 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     build_cli.add_arguments(build)
     build_cli.add_train_tokenizer(commands)
     build.add_argument("--verify", action="store_true", help="compare every file's SHA-256")
-    inspect = commands.add_parser(
-        "inspect",
-        help="print samples as text",
-        parents=[common],
-        epilog=_EXAMPLES,
-        formatter_class=shown,
-    )
-    inspect.add_argument("--position", type=_natural, default=0, help="sample index, from 0")
-    inspect.add_argument("--rows", type=_natural, default=1, help="samples to print")
+    inspect.add_parser(commands, [common], _natural)
     return parser
 
 
@@ -107,18 +98,8 @@ def _build(config: Config, args: argparse.Namespace) -> None:
 
 def _inspect(config: Config, args: argparse.Namespace) -> None:
     with _progress() as (report, _):
-        corpus = prepare(config.data, config.model.vocab_size, report)
-    stream = Stream(corpus.train, config.train.seq_len, config.seed)
-    samples = []
-    for position in range(args.position, args.position + args.rows):
-        text = corpus.tokenizer.decode(stream[position])
-        samples.append({"position": position, "epoch": stream.epoch(position), "text": text})
-    if args.json:
-        print(json.dumps(samples, indent=1))
-        return
-    for sample in samples:
-        print(f"--- position {sample['position']}, epoch {sample['epoch']}")
-        print(sample["text"])
+        corpus = open_corpus(config, report)
+    inspect.run(config, corpus, args)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 from jaxmoe.config import DataConfig
 from jaxmoe.data import sources
 from jaxmoe.data.build import FORMAT, MANIFEST, Report, named_tokenizer, sync_folder, write
+from jaxmoe.data.store import Source
 from jaxmoe.data.tokenizer import Tokenizer
 from jaxmoe.errors import UserError
 
@@ -46,6 +47,10 @@ class Corpus:
     train: np.ndarray  # [tokens] memmap: eot, then every document followed by eot
     heldout: HeldOut
     fingerprint: str  # 16 hex digits over the SHA-256 of every file
+    # Of a data set of several sources, by name; then `train` is not streamed. Names of documents
+    # are indexed like them.
+    sources: Mapping[str, Source] = field(default_factory=dict)
+    names: Mapping[str, Any] = field(default_factory=dict)
 
 
 class _Broken(Exception):

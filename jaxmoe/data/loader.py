@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxmoe.errors import UserError
 
-__all__ = ["Rows", "Stream", "documents", "heldout_batches"]
+__all__ = ["Packed", "Rows", "Stream", "documents", "heldout_batches"]
 
 
 class Rows(NamedTuple):
@@ -20,6 +20,14 @@ class Rows(NamedTuple):
 
     tokens: np.ndarray  # int32 [rows, seq_len + 1]
     weights: np.ndarray  # float32 [rows, seq_len]: 1 for a target that counts, 0 for padding
+
+
+class Packed(NamedTuple):
+    """The same where more than an eot ends a document: of a mix, or packed."""
+
+    tokens: np.ndarray
+    weights: np.ndarray
+    documents: np.ndarray  # int32 [rows, seq_len], as `documents` numbers them
 
 
 class Stream:
@@ -40,8 +48,10 @@ class Stream:
                 f"train.seq_len={seq_len} needs {seq_len + 1} tokens and the training text has "
                 f"{len(tokens)}: shorten it or give more text"
             )
-        self._length = len(source)
+        self._length, self._seq_len = len(source), seq_len
         self._dataset = _map_dataset(source).shuffle(seed=_spread(seed)).repeat()
+        # The same order of numbers: which sequence of the text a sample is.
+        self._order = _map_dataset(range(len(source))).shuffle(seed=_spread(seed)).repeat()
 
     def __len__(self) -> int:
         return self._length
@@ -52,6 +62,10 @@ class Stream:
         if index < 0:
             raise IndexError(f"sample index {index} is negative")
         return self._dataset[index]
+
+    def start(self, index: int) -> int:
+        """The token of the text that the sample at a global index begins with."""
+        return int(self._order[index]) * self._seq_len
 
     def rows(self, position: int, start: int, stop: int) -> np.ndarray:
         """Rows start..stop of the global batch that begins at sample index `position`.
@@ -125,7 +139,7 @@ def _spread(seed: int) -> int:
     return int.from_bytes(hashlib.sha256(f"jaxmoe order {seed}".encode()).digest()[:4], "little")
 
 
-def _map_dataset(source: _Sequences) -> Any:
+def _map_dataset(source: Any) -> Any:
     try:
         import grain
     except ImportError as error:

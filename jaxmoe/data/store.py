@@ -47,8 +47,8 @@ class StoredSource:
     ) -> None:
         """`shards`: the row of tokens, cut anywhere. `ends`: int64 [documents], ascending."""
         self.name, self.domain = name, domain
-        self._shards = tuple(shards)
-        self._ends = ends
+        self._shards = tuple(_plain(shard) for shard in shards)
+        self._ends = _plain(ends)
         self._starts = np.cumsum([0, *(len(s) for s in self._shards)])
 
     @property
@@ -81,3 +81,9 @@ class StoredSource:
 
     def find(self, token: int) -> int:
         return int(np.searchsorted(self._ends, token, "right")) if token else -1
+
+
+def _plain(array: np.ndarray) -> np.ndarray:
+    """A memory map as an array over the same memory: as itself it makes a new map at each index,
+    which took half of the time of finding a document."""
+    return array.view(np.ndarray) if isinstance(array, np.memmap) else array

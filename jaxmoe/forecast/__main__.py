@@ -181,10 +181,14 @@ def load_run(folder: Path, *, eval_set: str | None = None) -> Run:
     config = _object(folder / "config.json")
     plan = _object(folder / "schedule.json")
     try:
-        schedule = Schedule.of(plan["lr"], tokens_per_step=float(plan["tokens_per_step"]))
+        if "tokens" in plan:  # a run whose batch grows
+            schedule = Schedule(lr=np.asarray(plan["lr"]), tokens=np.asarray(plan["tokens"]))
+        else:
+            schedule = Schedule.of(plan["lr"], tokens_per_step=float(plan["tokens_per_step"]))
     except (KeyError, TypeError) as error:
         raise UserError(
-            f"{folder / 'schedule.json'}: {error!r}; it needs lr (a list) and tokens_per_step"
+            f"{folder / 'schedule.json'}: {error!r}; it needs lr (a list), and tokens_per_step or"
+            " tokens (a list)"
         ) from None
     rows = register.read_evals(folder / "evals.jsonl")
     names = list(dict.fromkeys(row["set"] for row in rows))

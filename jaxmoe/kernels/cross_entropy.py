@@ -28,6 +28,8 @@ class LossSums:
     nll: Array  # weighted; nats
     z: Array  # logsumexp^2, weighted
     weight: Array
+    nll_Y: Array | None = None  # the same by source, where sources are told
+    weight_Y: Array | None = None
 
 
 def cross_entropy(
@@ -39,6 +41,7 @@ def cross_entropy(
     chunk: int,
     z_coef: float,
     soft_cap: float | None = None,
+    sources_BY: Array | None = None,
 ) -> LossSums:
     """Sums of -log softmax(x @ head)[target] and of the z-loss (PaLM, arXiv:2204.02311, sec. 5).
 
@@ -50,10 +53,15 @@ def cross_entropy(
         chunk: positions of each sequence handled at a time by a device; divides its part of L.
         z_coef: weight of the z-loss.
         soft_cap: logits become cap * tanh(logit / cap) (Gemma 2, arXiv:2408.00118).
+        sources_BY: float32, how much each sequence counts for each source in `nll_Y`; None: there
+            are no sums by source, and nothing else changes.
     """
     options = _Options(chunk, z_coef, soft_cap)
-    total, (nll, z) = _sums(x_BLD, head_DV, targets_BL, weights_BL, options)
-    return LossSums(total=total, nll=nll, z=z, weight=weights_BL.sum())
+    inputs = (x_BLD, head_DV, targets_BL, weights_BL, sources_BY)
+    total, (nll, z, nll_Y) = _sums(*inputs, options)
+    weight_Y = _by_source(weights_BL, sources_BY)
+    weight = weights_BL.sum()
+    return LossSums(total=total, nll=nll, z=z, weight=weight, nll_Y=nll_Y, weight_Y=weight_Y)
 
 
 def soft_capped(logits: Array, cap: float | None) -> Array:
@@ -66,31 +74,52 @@ class _Options(NamedTuple):
     soft_cap: float | None
 
 
-def _plain_sums(
-    x_BLD: Array, head_DV: Array, targets_BL: Array, weights_BL: Array, options: _Options
-) -> tuple[Array, tuple[Array, Array]]:
-    def step(carry: Any, inputs: Any) -> tuple[Any, None]:
-        x, targets, weights = inputs
-        nll, z, _ = _chunk_sums(x, head_DV, targets, weights, options.soft_cap)
-        return (carry[0] + nll, carry[1] + z), None
+# Of one chunk, or summed up: nll, z, and nll by source where sources are told.
+_Sums = tuple[Array, Array, Array | None]
 
-    (nll, z), _ = jax.lax.scan(
-        step,
-        (jnp.float32(0), jnp.float32(0)),
-        _chunks(options.chunk, x_BLD, targets_BL, weights_BL),
-    )
-    return nll + options.z_coef * z, (nll, z)
+
+def _no_sums(sources_BY: Array | None) -> _Sums:
+    none_Y = None if sources_BY is None else jnp.zeros(sources_BY.shape[1], jnp.float32)
+    return jnp.float32(0), jnp.float32(0), none_Y
+
+
+def _by_source(values: Array, sources_BY: Array | None) -> Array | None:
+    """`values`: of the positions of a chunk, or of all, [B, positions]."""
+    if sources_BY is None:
+        return None
+    exact, out = jax.lax.Precision.HIGHEST, _on(values, None)
+    return jnp.einsum("BL,BY->Y", values, sources_BY, precision=exact, out_sharding=out)
+
+
+def _plain_sums(
+    x_BLD: Array,
+    head_DV: Array,
+    targets_BL: Array,
+    weights_BL: Array,
+    sources_BY: Array | None,
+    options: _Options,
+) -> tuple[Array, _Sums]:
+    def step(carry: _Sums, inputs: Any) -> tuple[_Sums, None]:
+        sums, _ = _chunk_sums(inputs, head_DV, sources_BY, options.soft_cap)
+        return jax.tree.map(jnp.add, carry, sums), None
+
+    chunks = _chunks(options.chunk, x_BLD, targets_BL, weights_BL)
+    sums, _ = jax.lax.scan(step, _no_sums(sources_BY), chunks)
+    return sums[0] + options.z_coef * sums[1], sums
 
 
 def _forward(
-    x_BLD: Array, head_DV: Array, targets_BL: Array, weights_BL: Array, options: _Options
+    x_BLD: Array,
+    head_DV: Array,
+    targets_BL: Array,
+    weights_BL: Array,
+    sources_BY: Array | None,
+    options: _Options,
 ) -> tuple[Any, Any]:
     def step(carry: Any, inputs: Any) -> tuple[Any, Array]:
-        nll_sum, z_sum, dhead_DV = carry
+        sums, dhead_DV = carry
         x_BlD, targets_Bl, weights_Bl = inputs
-        nll, z, (logits_BlV, lse_Bl) = _chunk_sums(
-            x_BlD, head_DV, targets_Bl, weights_Bl, options.soft_cap
-        )
+        more, (logits_BlV, lse_Bl) = _chunk_sums(inputs, head_DV, sources_BY, options.soft_cap)
         # d/dlogit of nll is p - onehot(target); of z_coef * lse^2, 2 * z_coef * lse * p.
         p_BlV = jnp.exp(logits_BlV - lse_Bl[..., None])
         scaled_BlV = p_BlV * (1 + 2 * options.z_coef * lse_Bl)[..., None]
@@ -109,28 +138,30 @@ def _forward(
             preferred_element_type=jnp.float32,
             out_sharding=jax.typeof(head_DV).sharding,
         )
-        return (nll_sum + nll, z_sum + z, dhead_DV), dx_BlD
+        return (jax.tree.map(jnp.add, sums, more), dhead_DV), dx_BlD
 
-    zero = (jnp.float32(0), jnp.float32(0), jnp.zeros_like(head_DV, dtype=jnp.float32))
-    (nll, z, dhead_DV), dx_nBlD = jax.lax.scan(
+    zero = (_no_sums(sources_BY), jnp.zeros_like(head_DV, dtype=jnp.float32))
+    (sums, dhead_DV), dx_nBlD = jax.lax.scan(
         step, zero, _chunks(options.chunk, x_BLD, targets_BL, weights_BL)
     )
     dx_BLD = _whole(dx_nBlD, options.chunk, like=x_BLD)
-    return (nll + options.z_coef * z, (nll, z)), (dx_BLD, dhead_DV.astype(head_DV.dtype))
+    total = sums[0] + options.z_coef * sums[1]
+    return (total, sums), (dx_BLD, dhead_DV.astype(head_DV.dtype))
 
 
 def _backward(_: _Options, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
     dx_BLD, dhead_DV = residuals
-    scale = cotangents[0]  # of `total`; nll and z are for reading and carry no gradient
+    scale = cotangents[0]  # of `total`; the others are for reading and carry no gradient
     return (
         dx_BLD * scale.astype(dx_BLD.dtype),
         dhead_DV * scale.astype(dhead_DV.dtype),
         None,
         None,
+        None,
     )
 
 
-_sums: Any = jax.custom_vjp(_plain_sums, nondiff_argnums=(4,))
+_sums: Any = jax.custom_vjp(_plain_sums, nondiff_argnums=(5,))
 _sums.defvjp(_forward, _backward)
 
 
@@ -181,16 +212,21 @@ def _on(a: Array, *spec: Any) -> NamedSharding | None:
 
 
 def _chunk_sums(
-    x_BlD: Array, head_DV: Array, targets_Bl: Array, weights_Bl: Array, soft_cap: float | None
-) -> tuple[Array, Array, tuple[Array, Array]]:
+    inputs: tuple[Array, Array, Array],
+    head_DV: Array,
+    sources_BY: Array | None,
+    soft_cap: float | None,
+) -> tuple[_Sums, tuple[Array, Array]]:
+    """`inputs`: x_BlD, targets_Bl, weights_Bl. Also the logits_BlV and their logsumexp."""
+    x_BlD, targets_Bl, weights_Bl = inputs
     logits_BlV = jnp.einsum("BlD,DV->BlV", x_BlD, head_DV, preferred_element_type=jnp.float32)
     logits_BlV = soft_capped(logits_BlV, soft_cap)
     lse_Bl = jax.nn.logsumexp(logits_BlV, axis=-1)
     # A masked sum, since V may be sharded and a sharded dim cannot be indexed.
     target_Bl = jnp.where(_is_target(targets_Bl, logits_BlV), logits_BlV, 0).sum(-1)
-    nll = ((lse_Bl - target_Bl) * weights_Bl).sum()
+    nll_Bl = (lse_Bl - target_Bl) * weights_Bl
     z = (lse_Bl**2 * weights_Bl).sum()
-    return nll, z, (logits_BlV, lse_Bl)
+    return (nll_Bl.sum(), z, _by_source(nll_Bl, sources_BY)), (logits_BlV, lse_Bl)
 
 
 def _is_target(targets_Bl: Array, like_BlV: Array) -> Array:

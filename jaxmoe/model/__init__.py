@@ -6,7 +6,7 @@ Tensor names end in the letters of their dims (tests/model/test_names.py holds t
     L position        N query heads       A a token's choices (top_k)  R layers of a scan
     M key position    K key/value heads   C slots of an expert         T flattened tokens
     H head width      G queries a kv head F feed-forward width         S all slots, E * C
-    P expert groups   O experts a group   X all layers with experts
+    P expert groups   O experts a group   X all layers with experts    Y sources of text
 
     of multi-head latent attention: Q, J the latents' widths of queries and of keys and values;
     I, W the parts of a head's query and key without and with rotary positions; U its value.

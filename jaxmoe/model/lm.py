@@ -97,6 +97,7 @@ def lm_loss(
     key: Array | None = None,
     layout: MeshConfig | None = None,
     whole: Denominators | None = None,
+    sources_BY: Array | None = None,
 ) -> tuple[LossSums, LmStats]:
     """Loss sums over the weighted positions, and what the routers did.
 
@@ -111,12 +112,16 @@ def lm_loss(
         layout: the pipeline's rounds and microbatches; None: one round.
         whole: of the batch that these rows are a part of. Everything that is returned is then the
             part's share: those of all parts add up to the batch's sums and means.
+        sources_BY: float32, which source each sequence counts for; the loss of the next token is
+            then given by source too.
     """
     places = make_places(tokens_BL, documents_BL, cfg)
     x_BLD, by_segment = hidden(params, tokens_BL, places, cfg, key, layout)
     head_DV = _head(params, cfg)
 
-    def loss(x_BLD: Array, targets_BL: Array, weights_BL: Array) -> LossSums:
+    def loss(
+        x_BLD: Array, targets_BL: Array, weights_BL: Array, sources_BY: Array | None = None
+    ) -> LossSums:
         sums = cross_entropy(
             x_BLD,
             head_DV,
@@ -125,11 +130,12 @@ def lm_loss(
             chunk=cfg.loss_chunk,
             z_coef=cfg.z_loss_coef,
             soft_cap=cfg.logit_soft_cap,
+            sources_BY=sources_BY,
         )
         return over_replicas(sums)
 
     with jax.named_scope("loss"):
-        sums = loss(x_BLD, targets_BL, weights_BL)
+        sums = loss(x_BLD, targets_BL, weights_BL, sources_BY)
     total, nlls = sums.total, []
     weight = sums.weight if whole is None else whole.weight
     for k, module in enumerate(params.mtp, start=1):

@@ -8,10 +8,11 @@ import numpy as np
 
 from jaxmoe import config as config_lib
 from jaxmoe.config import Config
+from jaxmoe.curriculum import curriculum
 from jaxmoe.forecast import register
 from jaxmoe.forecast.curve import Run, Schedule
 from jaxmoe.forecast.hook_api import Forecast, forecast_final, ready
-from jaxmoe.optim import relative_path
+from jaxmoe.optim import rates
 from jaxmoe.run.record import EVALS, FORECASTS
 
 
@@ -31,8 +32,7 @@ class ForecastHook:
         self._file = run_dir / FORECASTS
         self._evals = run_dir / EVALS
         self._seen: list[tuple[int, float]] = []
-        relative = relative_path(config.optim, config.train.steps)
-        self._schedule = Schedule.of(relative, tokens_per_step=config.tokens_per_step)
+        self._schedule = Schedule(lr=rates(config), tokens=curriculum(config).by_step())
         if register.repair_torn(self._file):
             event(0, "a kill had torn the register's last line; it was removed")
         lines = register.read(self._file) if self._file.exists() else []
@@ -70,7 +70,7 @@ class ForecastHook:
 
     def _close(self, step: int, nll: float) -> None:
         if self._registered and not self._closed:
-            tokens = step * self._config.tokens_per_step
+            tokens = curriculum(self._config).tokens(step)
             outcome = {"target_step": step, "target_tokens": tokens, "loss": {"realised": nll}}
             register.append(self._file, {"kind": "outcome", **outcome, **self._where()})
             self._closed = True

@@ -6,6 +6,7 @@
   which must not hide a step's time and must not leave a logged step behind.
 """
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -21,12 +22,15 @@ from jax.sharding import Mesh
 from jaxmoe import config as config_lib
 from jaxmoe import mesh as mesh_lib
 from jaxmoe.config import Config
+from jaxmoe.curriculum import Shape, curriculum, shaped
+from jaxmoe.data import feed
 from jaxmoe.data.cache import Corpus
-from jaxmoe.data.loader import Rows, Stream, documents, heldout_batches
+from jaxmoe.data.loader import Packed, Rows, documents, heldout_batches
+from jaxmoe.data.mixture import Mixture
 from jaxmoe.run import record, xla
 from jaxmoe.run.checkpoint import Checkpoints
 from jaxmoe.run.forecasting import ForecastHook
-from jaxmoe.run.meter import Meter
+from jaxmoe.run.meter import CodeLength, Meter
 from jaxmoe.run.params import Params, open_params
 from jaxmoe.run.progress import Display
 from jaxmoe.run.record import RunRecord
@@ -65,14 +69,22 @@ class Trainer:
         self.config, self.mesh, self.corpus, self.display = config, mesh, corpus, display
         self.origin = origin
         self.record = RunRecord(run_dir, writes=jax.process_index() == 0)
-        self.stream = Stream(corpus.train, config.train.seq_len, config.seed)
+        self.plan = curriculum(config)
+        self.stream = feed.open_stream(config, corpus)
         self.held_out = heldout_batches(
             corpus.heldout.tokens, config.train.seq_len, config.eval.batch_size
         )
         self.forecast: ForecastHook | None = None
         self.meter = Meter(config, peak=peak)
-        self.position = 0  # sequences drawn: the data position
+        self.tokens = 0  # drawn: the data position, and what batch, length and mix follow
+        self.code = CodeLength()
+        self._compiled: dict[Shape, Callable[..., tuple[TrainState, StepMetrics]]] = {}
         self.evaluated: tuple[int, float] | None = None
+
+    @property
+    def position(self) -> int:
+        """Sequences drawn."""
+        return self.plan.sequences(self.plan.step_of(self.tokens))
 
     # Set up
 
@@ -115,7 +127,10 @@ class Trainer:
         return init_state(self.config, self.mesh, params)
 
     def _resume(self, step: int, meta: dict[str, Any]) -> None:
-        self.position = meta["position"]
+        # Checkpoints of before there were ramps have sequences alone.
+        self.tokens = meta.get("tokens", meta["position"] * self.config.train.seq_len)
+        assert self.plan.step_of(self.tokens) == step, (self.tokens, step)
+        self.code = CodeLength(**meta.get("code", {"known": False}))
         self.meter.restore(meta["seconds"])
         self.record.rewind(step)
         if self.forecast is not None:
@@ -139,7 +154,10 @@ class Trainer:
                 self.save(step, state)
             if step == last:
                 break
-            batch = self.next_batch()
+            if self.plan.at(step).shape not in self._compiled:
+                pending = self._read(pending)
+            with self.meter.drawing():
+                batch = self.next_batch()
             state, metrics = self._step(state, batch)
             pending, earlier = (step + 1, metrics), pending
             self._read(earlier)
@@ -151,47 +169,62 @@ class Trainer:
         return Outcome(step=step, nll=nll, bits_per_byte=nll * self.bits_per_nat)
 
     def next_batch(self) -> Batch:
-        """Rows position, position + 1, ... of the stream; each process reads its own."""
-        size, length = self.config.train.batch_size, self.config.train.seq_len
-        position = self.position
-        self.position += size
+        """Rows of the stream from where the last batch ended; each process reads its own."""
+        step = self.plan.step_of(self.tokens)
+        shape = self.plan.at(step).shape
+        self.tokens += shape.tokens
 
         @cache  # asked by every device, and for every part of the batch
-        def rows(start: int, stop: int) -> Rows:
-            ones = np.ones((stop - start, length), np.float32)
-            return Rows(self.stream.rows(position, start, stop), ones)
+        def rows(start: int, stop: int) -> Rows | Packed:
+            return feed.read_rows(self.stream, self.config, step, start, stop)
 
-        return self._batch(size, rows)
+        batch = self._batch(shape.batch, shape.length, rows)
+        if not isinstance(self.stream, Mixture):
+            return batch
+        told = partial(self.stream.first_times, step)
+        size = (shape.batch, len(self.stream.names))
+        sources_BY = mesh_lib.global_array(self.mesh, size, told)
+        return dataclasses.replace(batch, sources_BY=sources_BY)
 
-    def _batch(self, size: int, rows: Callable[[int, int], Rows]) -> Batch:
+    def _batch(self, size: int, length: int, rows: Callable[[int, int], Any]) -> Batch:
         """`rows(start, stop)` is asked only for rows that this process holds."""
-        length, eot = self.config.train.seq_len, self.corpus.tokenizer.eot
+        eot = self.corpus.tokenizer.eot
 
-        def whole(width: int, part: Callable[[Rows], np.ndarray]) -> jax.Array:
+        def whole(width: int, part: Callable[[Any], np.ndarray]) -> jax.Array:
             return mesh_lib.global_array(self.mesh, (size, width), lambda a, b: part(rows(a, b)))
+
+        def numbers(r: Rows | Packed) -> np.ndarray:
+            if isinstance(r, Packed):
+                return r.documents
+            return documents(r.tokens[:, :-1], eot, r.weights)
 
         return Batch(
             tokens_BL=whole(length + 1, lambda r: r.tokens),
             weights_BL=whole(length, lambda r: r.weights),
-            documents_BL=whole(length, lambda r: documents(r.tokens[:, :-1], eot, r.weights))
-            if self.config.data.document_mask
-            else None,
+            documents_BL=whole(length, numbers) if self.config.data.document_mask else None,
         )
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        if self.meter.compile_seconds is None:
-            self._compile(state, batch)
-        return self._compiled(state, batch)
+        step = self.plan.step_of(self.tokens) - 1  # that the batch was drawn for
+        shape = self.plan.at(step).shape
+        if shape not in self._compiled:
+            self._compile(state, batch, step, shape)
+        return self._compiled[shape](state, batch)
 
-    def _compile(self, state: TrainState, batch: Batch) -> None:
-        """Ahead of the first step, so that compiling and running are timed apart."""
+    def _compile(self, state: TrainState, batch: Batch, step: int, shape: Shape) -> None:
+        """Ahead of the first step of a shape, so that compiling and running are timed apart."""
         begin = time.perf_counter()
-        with xla.cache_hits() as hits:
-            lowered = train_step.lower(state, batch, self.config)
-            self._compiled, left_out = xla.compile_with_options(lowered)
-        self.meter.compiled(time.perf_counter() - begin)
+        with self.meter.paused(), xla.cache_hits() as hits:
+            lowered = train_step.lower(state, batch, shaped(self.config, shape))
+            self._compiled[shape], left_out = xla.compile_with_options(lowered)
+        seconds = time.perf_counter() - begin
+        self.meter.compiled(seconds)
+        size = ""
+        if len(self.plan.shapes) > 1:
+            size = f"for {shape.batch} x {shape.length} tokens "
+            self._event("shape", step, f"compiled {size}from here on, in {seconds:.1f} s")
         where = " (it was in the compilation cache)" if hits else ""
-        self.display.note(f"compiled the step in {self.meter.compile_seconds:.1f} s{where}")
+        self.display.note(f"compiled the step {size}in {seconds:.1f} s{where}")
         if left_out:
             self.display.note(f"this XLA does not know {', '.join(left_out)}: left out")
 
@@ -203,7 +236,7 @@ class Trainer:
         sums = jax.device_get(metrics.sums)
         nll = float(sums.nll / sums.weight)
         first = self.meter.first_step_seconds is None
-        self.meter.stepped()
+        self.meter.stepped(step)
         if first:
             self._describe_start()
         # The gradients too: they are in the parameters already, and must not be saved.
@@ -212,10 +245,20 @@ class Trainer:
             why = f"the train loss is {nll}, the gradient's norm {norm}"
             self._event("crash", step, why)
             raise FloatingPointError(f"step {step}: {why}")
+        self._count_code(step, sums)
         if due(step, self.config.train.log_every) or step == self.config.train.steps:
-            line = self.meter.line(step, metrics)
+            line = {**self.meter.line(step, metrics), **self.code.line()}
             self.record.append(record.METRICS, line)
             self.display.show(self.meter.view(step, line, self._known()))
+
+    def _count_code(self, step: int, sums: Any) -> None:
+        if isinstance(self.stream, Mixture):
+            for name, nats, tokens in zip(
+                self.stream.names, sums.nll_Y, sums.weight_Y, strict=True
+            ):
+                self.code.add(name, float(nats), round(float(tokens)))
+        elif feed.first_time(self.stream, self.config, step - 1):
+            self.code.add(feed.TRAIN, float(sums.nll), round(float(sums.weight)))
 
     def _describe_start(self) -> None:
         seconds = {
@@ -238,7 +281,7 @@ class Trainer:
             self.record.evaluated(
                 {
                     "step": step,
-                    "tokens": step * self.config.tokens_per_step,
+                    "tokens": self.plan.tokens(step),
                     "set": held_out.name,
                     "set_fingerprint": held_out.fingerprint,
                     "nll": nll,
@@ -253,7 +296,7 @@ class Trainer:
         total = None
         for tokens, weights in self.held_out:
             rows = lambda a, b, t=tokens, w=weights: Rows(t[a:b], w[a:b])  # noqa: E731
-            batch = self._batch(len(tokens), rows)
+            batch = self._batch(len(weights), weights.shape[1], rows)
             sums = eval_step(state.params, batch, self.config)
             total = sums if total is None else add(total, sums)
         assert total is not None
@@ -270,7 +313,9 @@ class Trainer:
         with self.meter.paused():
             meta = {
                 "step": step,
+                "tokens": self.tokens,
                 "position": self.position,
+                "code": dataclasses.asdict(self.code),
                 "data": self.corpus.fingerprint,
                 "forecast": self.forecast.state() if self.forecast is not None else [],
                 "seconds": self.meter.seconds,

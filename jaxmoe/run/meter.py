@@ -1,22 +1,52 @@
 """Speed and the metrics line of a step."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxmoe.config import Config
+from jaxmoe.curriculum import curriculum
 from jaxmoe.model.cost import cost
 from jaxmoe.model.router import RouterStats
-from jaxmoe.optim import relative_path
+from jaxmoe.optim import rates
 from jaxmoe.run.progress import View
 from jaxmoe.run.step import StepMetrics
 
 DEAD = 0.01  # of an even share: an expert with less of a step's tokens counts as dead
 LOAD_VALUES = 1024  # layers x experts: with more, moe/load would make lines of 100 kB
+
+
+@dataclass
+class CodeLength:
+    """Online code of the training text (Dawid, "Present position and potential developments", 1984;
+    Blier and Ollivier, arXiv:1802.07044, section 3): what each token costs before it is learnt
+    from, summed over the sequences, or for the plain stream the steps, that were not read before.
+    """
+
+    bits: dict[str, float] = field(default_factory=dict)  # by source
+    tokens: dict[str, int] = field(default_factory=dict)  # targets
+    known: bool = True  # a run begun before this was counted has none
+
+    def add(self, source: str, nats: float, tokens: int) -> None:
+        self.bits[source] = self.bits.get(source, 0.0) + nats / math.log(2)
+        self.tokens[source] = self.tokens.get(source, 0) + tokens
+
+    def line(self) -> dict[str, Any]:
+        """Of metrics.jsonl: in all, and of each source where there are several."""
+        if not self.known:
+            return {}
+        found: dict[str, Any] = {}
+        for name, values in (("code_bits", self.bits), ("code_tokens", self.tokens)):
+            found[f"data/{name}"] = sum(values.values())
+            if len(values) > 1:
+                found |= {f"data/{name}/{source}": value for source, value in values.items()}
+        return found
 
 
 class Meter:
@@ -25,12 +55,16 @@ class Meter:
     def __init__(self, config: Config, *, peak: float) -> None:
         self.compile_seconds: float | None = None
         self.first_step_seconds: float | None = None
-        self._config, self._peak = config, peak
-        self._flops_per_token = cost(config.model, config.train.seq_len).flops_per_token
-        self._rates = relative_path(config.optim, config.train.steps) * config.optim.lr
+        self._config, self._peak, self._plan = config, peak, curriculum(config)
+        self._flops_per_token = {
+            shape.length: cost(config.model, shape.length).flops_per_token
+            for shape in self._plan.shapes
+        }
+        self._rates = rates(config) * config.optim.lr
         self._before = 0.0  # seconds of earlier starts of this run
         self._began = self._mark = time.perf_counter()
-        self._busy, self._count, self._speed = 0.0, 0, None
+        self._speed: dict[str, float | None] | None = None
+        self._forget()
 
     @property
     def seconds(self) -> float:
@@ -41,17 +75,22 @@ class Meter:
         self._before = seconds
 
     def compiled(self, seconds: float) -> None:
-        self.compile_seconds = seconds
+        """A shape of the step; the first one's seconds are kept."""
+        if self.compile_seconds is None:
+            self.compile_seconds = seconds
         self._mark = time.perf_counter()
 
-    def stepped(self) -> None:
-        """A step has ended; the first one is kept out of the speed."""
+    def stepped(self, step: int) -> None:
+        """Step `step`, from 1, has ended; the first one timed is kept out of the speed."""
         now = time.perf_counter()
         if self.first_step_seconds is None:
             self.first_step_seconds = now - self._mark
         else:
             self._busy += now - self._mark
             self._count += 1
+            shape = self._plan.at(step - 1).shape
+            self._tokens += shape.tokens
+            self._flops += float(shape.tokens) * self._flops_per_token[shape.length]
         self._mark = now
 
     @contextmanager
@@ -62,14 +101,35 @@ class Meter:
         yield
         self._mark = time.perf_counter()
 
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Time in here the loop spends on the next batch, while the device has the last step."""
+        begin = time.perf_counter()
+        yield
+        if self.first_step_seconds is not None:
+            self._drawn += time.perf_counter() - begin
+
+    def flops(self, step: int) -> float:
+        """Of the model, of the first `step` steps."""
+        total = 0.0
+        for stretch in self._plan.stretches:
+            steps = min(max(0, step - stretch.step), stretch.steps)
+            tokens = float(steps * stretch.shape.tokens)
+            total += tokens * self._flops_per_token[stretch.shape.length]
+        return total
+
+    def _forget(self) -> None:
+        """A new window: seconds of steps, and of them for drawing; what the steps were."""
+        self._busy = self._drawn = self._flops = 0.0
+        self._count = self._tokens = 0
+
     def line(self, step: int, metrics: StepMetrics) -> dict[str, Any]:
         """The object of metrics.jsonl. Losses are of this very step; speed since the last line."""
         m = jax.device_get(metrics)
-        tokens = step * self._config.tokens_per_step
         return {
             "step": step,
-            "tokens": tokens,
-            "flops": float(tokens) * self._flops_per_token,
+            "tokens": self._plan.tokens(step),
+            "flops": self.flops(step),
             "seconds": round(self.seconds, 3),
             "train/nll": float(m.sums.nll / m.sums.weight),
             "train/loss": float(m.sums.total / m.sums.weight),
@@ -81,7 +141,8 @@ class Meter:
         }
 
     def view(self, step: int, line: dict[str, Any], known: dict[str, Any]) -> View:
-        steps, seconds = self._config.train.steps, line["perf/step_seconds"]
+        steps = self._config.train.steps
+        rate = line["perf/mfu"] and line["perf/mfu"] * self._peak  # FLOP/s
         return View(
             step=step,
             steps=steps,
@@ -90,7 +151,7 @@ class Meter:
             train_nll=line["train/nll"],
             load=(line["moe/load_min"], line["moe/load_max"]) if "moe/load_min" in line else None,
             dead=line.get("moe/dead_experts", 0),
-            seconds_left=None if seconds is None else seconds * (steps - step),
+            seconds_left=(self.flops(steps) - line["flops"]) / rate if rate else None,
             **known,
         )
 
@@ -128,16 +189,15 @@ class Meter:
     def _window(self) -> dict[str, float | None]:
         """Speed since the last call; that of before if no step ended since."""
         if self._count:
-            per_step = self._busy / self._count
-            speed = self._config.tokens_per_step / per_step
             self._speed = {
-                "perf/step_seconds": per_step,
-                "perf/tokens_per_second": speed,
-                "perf/mfu": speed * self._flops_per_token / self._peak,
+                "perf/step_seconds": self._busy / self._count,
+                "perf/tokens_per_second": self._tokens / self._busy,
+                "perf/mfu": self._flops / self._busy / self._peak,
+                "perf/data_wait": self._drawn / self._busy,
             }
-            self._busy, self._count = 0.0, 0
-        names = ("perf/step_seconds", "perf/tokens_per_second", "perf/mfu")
-        return self._speed or dict.fromkeys(names)
+            self._forget()
+        names = ("step_seconds", "tokens_per_second", "mfu", "data_wait")
+        return self._speed or dict.fromkeys(f"perf/{name}" for name in names)
 
 
 def _evenness(load_XE: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from jaxmoe import mesh as mesh_lib
 from jaxmoe import spec as spec_lib
 from jaxmoe.config import Config, replace
 from jaxmoe.model.lm import lm_specs
-from jaxmoe.optim import optimizer
+from jaxmoe.optim import batch_factors, optimizer
 
 
 @struct.dataclass
@@ -29,7 +29,8 @@ def param_specs(config: Config) -> Any:
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    return optimizer(config.optim, param_specs(config), config.train.steps)
+    factors = batch_factors(config)
+    return optimizer(config.optim, param_specs(config), config.train.steps, factors)
 
 
 def abstract_state(config: Config, mesh: Any, rules: mesh_lib.Rules = mesh_lib.STORE) -> TrainState:

@@ -34,6 +34,7 @@ class Batch:
     tokens_BL: Any  # int32 [B, L + 1]
     weights_BL: Any  # float32 [B, L]; 0 leaves a target out
     documents_BL: Any = None  # int32 [B, L], 0 for padding; None: a row is one document
+    sources_BY: Any = None  # float32 [B, Y], 1 for the source whose loss a row counts for
 
     def inputs(self) -> Array:
         return self.tokens_BL[:, :-1]
@@ -177,6 +178,7 @@ def _loss(
         key=key,
         layout=config.mesh,
         whole=whole,
+        sources_BY=batch.sources_BY,
     )
 
 

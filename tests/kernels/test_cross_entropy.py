@@ -105,6 +105,40 @@ def test_a_sharded_vocabulary_gives_the_same() -> None:
         assert_close(got, want)
 
 
+@partial(jax.jit, static_argnums=2)
+def by_source(args: Args, sources: jax.Array, differentiated: bool) -> Any:
+    """(nll_Y, weight_Y); of the forward pass, or as the pass with gradients has them."""
+
+    def f(x: jax.Array) -> Any:
+        sums = cross_entropy(x, *args[1:], chunk=4, z_coef=Z, sources_BY=sources)
+        return sums.total, (sums.nll_Y, sums.weight_Y)
+
+    return jax.value_and_grad(f, has_aux=True)(args[0])[0][1] if differentiated else f(args[0])[1]
+
+
+@pytest.mark.parametrize("differentiated", [False, True])
+@pytest.mark.parametrize("context", [1, 2])
+def test_sums_by_source_are_those_of_its_sequences(differentiated: bool, context: int) -> None:
+    """A sequence may count in part; on one device, and spread over rows and positions."""
+    args = draw()
+    sources = jnp.asarray([[1.0, 0.0], [0.0, 0.5], [0.25, 1.0]], jnp.float32)
+    rows = [
+        fused(tuple(a if i == 1 else a[b : b + 1] for i, a in enumerate(args)), 4)[0]
+        for b in range(B)
+    ]
+    wanted = [sources.T @ jnp.stack([row[i] for row in rows]) for i in (1, 3)]
+    mesh = on(data=3, context=context)
+    over = P(ROWS[0], "context")
+    with jax.set_mesh(mesh):
+        spread = put(mesh, args, (P(*over, None), P(), over, over))
+        told = put(mesh, (sources,), (ROWS,))[0]
+        found = by_source(spread, told, differentiated)
+    for got, want in zip(found, wanted, strict=True):
+        assert_close(got, want)
+    for got, want in zip(by_source(args, sources, differentiated), wanted, strict=True):
+        assert_close(got, want)
+
+
 def largest_array(text: str) -> int:
     """Elements of the largest array in a compiled program."""
     shapes = re.findall(r"\b(?:f32|bf16|f16|s32|pred|u32)\[([\d,]+)\]", text)

@@ -30,7 +30,7 @@ from jaxmoe.run.loop import Trainer
 from jaxmoe.run.progress import Silent
 from jaxmoe.run.state import TrainState
 
-TIMED = ("seconds", "perf/step_seconds", "perf/tokens_per_second", "perf/mfu")
+TIMED = ("seconds", "perf/step_seconds", "perf/tokens_per_second", "perf/mfu", "perf/data_wait")
 LENGTH = 24
 STEPS = 5
 

@@ -12,7 +12,7 @@ from small import small
 from jaxmoe.config import Config, RouterConfig, replace
 from jaxmoe.kernels.cross_entropy import LossSums
 from jaxmoe.model.router import RouterStats
-from jaxmoe.run.meter import Meter
+from jaxmoe.run.meter import CodeLength, Meter
 from jaxmoe.run.step import StepMetrics
 
 PER_LAYER = ("load_min", "load_max", "load_entropy", "dead", "drop_rate", "load_balance")
@@ -128,3 +128,17 @@ def test_the_view_counts_the_dead():
     row = line(stats([[0.0] * 2 + [4 / 3] * 6] * 2))
     view = Meter(small(), peak=1e12).view(3, row, {})
     assert view.words()[-1] == "expert load 0.00..1.33, 4 dead"
+
+
+def test_code_length_is_told_in_all_and_by_source():
+    """In bits; of one source it is the sum, and a run that began without it has none."""
+    code = CodeLength()
+    code.add("text", np.log(2) * 6, 3)
+    assert code.line() == {"data/code_bits": pytest.approx(6), "data/code_tokens": 3}
+    code.add("code", np.log(2) * 4, 5)
+    code.add("text", np.log(2), 1)
+    found = code.line()
+    assert found["data/code_bits"] == pytest.approx(11) and found["data/code_tokens"] == 9
+    assert found["data/code_bits/text"] == pytest.approx(7)
+    assert (found["data/code_tokens/text"], found["data/code_tokens/code"]) == (4, 5)
+    assert CodeLength(known=False).line() == {}

@@ -193,16 +193,16 @@ def test_the_meter_counts_steps_alone(ran: Ran, monkeypatch: pytest.MonkeyPatch)
     clock.now += 30
     meter.compiled(30)
     clock.now += 4
-    meter.stepped()
+    meter.stepped(1)
     assert (meter.compile_seconds, meter.first_step_seconds) == (30, 4)
     assert meter._window()["perf/step_seconds"] is None
     clock.now += 0.5
-    meter.stepped()
+    meter.stepped(2)
     paused(20)
     clock.now += 0.25
     paused(20)  # in the middle of a step
     clock.now += 0.25
-    meter.stepped()
+    meter.stepped(3)
     window = meter._window()
     assert window["perf/step_seconds"] == pytest.approx(0.5)
     assert window["perf/tokens_per_second"] == pytest.approx(8 * 24 / 0.5)

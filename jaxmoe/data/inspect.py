@@ -1,0 +1,199 @@
+"""python -m jaxmoe.data inspect: which documents a step of a run is made of, without running it."""
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from jaxmoe.config import Config, apply_sets, from_json, load
+from jaxmoe.config_check import check
+from jaxmoe.curriculum import curriculum
+from jaxmoe.data import feed
+from jaxmoe.data.cache import Corpus
+from jaxmoe.data.loader import Stream
+from jaxmoe.data.mixture import Mixture
+from jaxmoe.data.store import Source
+from jaxmoe.errors import UserError
+
+__all__ = ["add_parser", "config_of", "run", "sequences"]
+
+EXAMPLES = """examples:
+  python -m jaxmoe.data inspect runs/quickstart --step 420         its documents, by source
+  python -m jaxmoe.data inspect runs/quickstart --step 420 --text --rows 2
+  python -m jaxmoe.data inspect --config my_config.py --step 1 --json
+  python -m jaxmoe.data inspect --position 1000 --rows 2         two sequences as text
+"""
+
+
+def add_parser(commands: Any, parents: Sequence[argparse.ArgumentParser], number: Any) -> None:
+    """`number`: the type of natural numbers."""
+    parser = commands.add_parser(
+        "inspect",
+        help="print what a step trains on: its documents by source, or sequences as text",
+        parents=parents,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run_dir", nargs="?", metavar="RUN_DIR", help="instead of --config")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--step", type=number, help="as metrics.jsonl counts them, from 1")
+    which.add_argument("--position", type=number, default=0, help="sequence of the run, from 0")
+    parser.add_argument("--rows", type=number, help="sequences to print (--step: all of them)")
+    parser.add_argument("--text", action="store_true", help="with --step: print the whole text")
+
+
+def config_of(args: argparse.Namespace) -> Config:
+    """Of the run, or of the file; checked.
+
+    Raises:
+        UserError: there is none, or it is wrong.
+    """
+    if getattr(args, "run_dir", None) is None:
+        config = load(args.config)
+    else:
+        file = Path(args.run_dir) / "config.json"
+        if not file.is_file():
+            raise UserError(f"{args.run_dir} holds no run: there is no config.json in it")
+        try:
+            config = from_json(json.dumps(json.loads(file.read_text())["config"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file}: not a run's config: {error}") from None
+    config = apply_sets(config, args.set)
+    check(config)
+    return config
+
+
+def run(config: Config, corpus: Corpus, args: argparse.Namespace) -> None:
+    """Prints what was asked for."""
+    _check_data(corpus, args.run_dir)
+    stream = feed.open_stream(config, corpus)
+    if args.step is None:
+        rows = 1 if args.rows is None else args.rows
+        found = list(sequences(config, corpus, stream, args.position, args.position + rows))
+        _print_texts(found, as_json=args.json)
+        return
+    plan = curriculum(config)
+    if not 1 <= args.step <= config.train.steps:
+        raise UserError(f"--step {args.step}: the run has steps 1 to {config.train.steps}")
+    shape, first = plan.at(args.step - 1).shape, plan.sequences(args.step - 1)
+    rows = shape.batch if args.rows is None else min(args.rows, shape.batch)
+    step = {
+        "step": args.step,
+        "tokens": plan.tokens(args.step - 1),
+        "batch_size": shape.batch,
+        "seq_len": shape.length,
+        "sequences": list(sequences(config, corpus, stream, first, first + rows)),
+    }
+    if args.json:
+        print(json.dumps(step, indent=1))
+    else:
+        _print_step(step, whole=args.text)
+
+
+def sequences(
+    config: Config, corpus: Corpus, stream: Stream | Mixture, first: int, last: int
+) -> Iterator[dict[str, Any]]:
+    """Of each sequence first .. last of a run: its source, epoch, documents, and its text."""
+    for number in range(first, last):
+        name, views = _parts(config, corpus, stream, number)
+        names = corpus.names.get(name)
+        documents = [
+            {"epoch": epoch, **_named(names, document), "tokens": [start, stop], "of": size}
+            for epoch, view, begin, end in views
+            for document, start, stop, size in _documents(view, begin, end)
+        ]
+        inputs = [view.read(begin, end).tolist() for _, view, begin, end in views]
+        text = corpus.tokenizer.decode([token for part in inputs for token in part])
+        epoch = views[0][0]
+        yield {
+            "position": number,
+            "source": name,
+            "epoch": epoch,
+            "documents": documents,
+            "text": text,
+        }
+
+
+def _parts(
+    config: Config, corpus: Corpus, stream: Stream | Mixture, number: int
+) -> tuple[str, list[tuple[int, Source, int, int]]]:
+    """(source, [(epoch, source as that epoch reads it, first token, end)]) of a sequence."""
+    if isinstance(stream, Mixture):
+        sample = stream.sample(number)
+        view = lambda epoch: stream.view(sample.source, epoch)  # noqa: E731
+        return sample.source, [(s.epoch, view(s.epoch), *s[1:]) for s in stream.spans(sample)]
+    ((name, source),) = feed.sources(corpus).items()
+    start = stream.start(number)
+    return name, [(stream.epoch(number), source, start, start + config.train.seq_len)]
+
+
+def _documents(view: Source, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
+    """(document, first token in it, end in it, its tokens) of the documents in start .. stop."""
+    document = max(0, view.find(start))
+    while start < stop and document < view.documents:
+        begin, end = view.bounds(document)
+        if stop > begin:
+            yield document, max(0, start - begin), min(stop, end) - begin, end - begin
+        start, document = max(start, end), document + 1
+
+
+def _named(names: Sequence[Any] | None, document: int) -> dict[str, Any]:
+    if names is None:
+        return {"document": document}
+    found = names[document]
+    return {"document": document, "package": found.package, "name": found.name}
+
+
+def _check_data(corpus: Corpus, run_dir: str | None) -> None:
+    file = Path(run_dir or "") / "environment.json"
+    if run_dir is None or not file.is_file():
+        return
+    before = json.loads(file.read_text()).get("data", {}).get("fingerprint")
+    if before not in (None, corpus.fingerprint):
+        raise UserError(
+            f"{run_dir}: it was trained on other data ({before}) than there is now"
+            f" ({corpus.fingerprint}), whose documents would be others; bring it back"
+        )
+
+
+def _print_texts(found: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    for one in found:
+        print(f"--- position {one['position']}, epoch {one['epoch']}, {one['source']}")
+        print(one["text"])
+
+
+def _print_step(step: Mapping[str, Any], *, whole: bool) -> None:
+    found = step["sequences"]
+    counts = Counter(one["source"] for one in found)
+    size = f"{step['batch_size']} x {step['seq_len']} tokens"
+    print(f"step {step['step']}: {size}, after {step['tokens']:,} of the run")
+    for source, n in sorted(counts.items()):
+        print(f"\n{source}: {n} sequences, {n / len(found):.1%}")
+        mine = [one for one in found if one["source"] == source]
+        if whole:
+            _print_texts(mine, as_json=False)
+        else:
+            Console().print(_table(mine))
+
+
+def _table(found: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table("sequence", "epoch", "document", "tokens", "of", box=None)
+    for one in found:
+        for at, document in enumerate(one["documents"]):
+            name = f"{document['document']}"
+            if "name" in document:
+                name += f"  {document['package']}: {document['name']}"
+            start, stop = document["tokens"]
+            first = str(one["position"]) if not at else ""
+            table.add_row(
+                first, str(document["epoch"]), name, f"{start}..{stop}", f"{document['of']}"
+            )
+    return table
