@@ -203,6 +203,9 @@ class DataConfig(_Strict):
     # stops there and the others share its weight.
     on_cap: Literal["refuse", "redistribute"] = "refuse"
     cache: str | None = None  # None: $JAXMOE_CACHE, or ~/.cache/jaxmoe
+    # What to do when a shard of a data set is not as it was written (its SHA-256 is compared at the
+    # first read): stop, or leave out its tokens; an event says which.
+    damaged: Literal["stop", "skip"] = "stop"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,6 +271,9 @@ class TrainConfig(_Strict):
 class EvalConfig(_Strict):
     every: Positive = 50  # steps
     batch_size: Positive = 32  # sequences, over all devices
+    # Held-out sets; the first is what is forecast. (): all of the data set, by name.
+    sets: tuple[str, ...] = ()
+    tokens: Natural = 0  # of each set about so many, whole documents of every domain; 0: all
 
 
 @dataclass(frozen=True, kw_only=True)

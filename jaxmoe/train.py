@@ -19,7 +19,7 @@ from jaxmoe.config import Config
 from jaxmoe.config_check import check
 from jaxmoe.curriculum import curriculum
 from jaxmoe.data import feed
-from jaxmoe.data.cache import Corpus, cache_root
+from jaxmoe.data.cache import HeldOut, cache_root
 from jaxmoe.data.opened import open_corpus
 from jaxmoe.errors import UserError
 from jaxmoe.forecast import register
@@ -98,7 +98,7 @@ def run(config: Config, run_dir: Path, resume: str) -> int:
     finally:
         view.close()
     if writes:
-        _summary(outcome, corpus, run_dir, time.perf_counter() - began)
+        _summary(outcome, trainer.sets[0].held_out, run_dir, time.perf_counter() - began)
     return 0
 
 
@@ -156,7 +156,7 @@ def _reporter(writes: bool) -> Callable[[str, float], None]:
 def _describe(config: Config, trainer: Trainer, peak: float, view: Display) -> None:
     """What this run is, to the record and to the person."""
     corpus, counted = trainer.corpus, cost(config.model, config.train.seq_len)
-    held_out = corpus.heldout
+    held_out = trainer.sets[0].held_out
     trainer.record.text(record.TOKENIZER, corpus.tokenizer.json)
     trainer.record.write(
         record.SCHEDULE,
@@ -185,6 +185,7 @@ def _describe(config: Config, trainer: Trainer, peak: float, view: Display) -> N
                 "heldout": held_out.name,
                 "heldout_bytes": held_out.bytes,
                 "heldout_fingerprint": held_out.fingerprint,
+                "sets": {s.held_out.name: s.held_out.fingerprint for s in trainer.sets},
                 "xz_bits_per_byte": held_out.xz_bits_per_byte,
             },
         },
@@ -231,9 +232,9 @@ def _say_finished(result: dict[str, Any], run_dir: Path) -> None:
     print(f"report: {run_dir / REPORT}")
 
 
-def _summary(outcome: Outcome, corpus: Corpus, run_dir: Path, seconds: float) -> None:
+def _summary(outcome: Outcome, held_out: HeldOut, run_dir: Path, seconds: float) -> None:
     """The result, every forecast against it, and the page."""
-    xz = corpus.heldout.xz_bits_per_byte
+    xz = held_out.xz_bits_per_byte
     print(
         f"done in {clock(seconds)}: held-out {outcome.bits_per_byte:.4f} bits per byte"
         f" ({outcome.nll:.4f} nats per token; xz -9 of the same bytes: {xz:.4f})"

@@ -15,7 +15,7 @@ from rich.table import Table
 
 import jaxmoe
 from jaxmoe.config import Config
-from jaxmoe.data import build_cli, inspect
+from jaxmoe.data import build_cli, holdout_cli, inspect, overlap_cli, verify
 from jaxmoe.data.build import Report
 from jaxmoe.data.cache import Corpus, prepare
 from jaxmoe.data.opened import open_corpus
@@ -27,6 +27,9 @@ _EXAMPLES = """examples:
   python -m jaxmoe.data build --config configs/quickstart.py:tiny --json
   python -m jaxmoe.data inspect runs/quickstart --step 420
   python -m jaxmoe.data inspect --position 1000 --rows 2
+  python -m jaxmoe.data holdout DATASET wiki --from wikitext-2/test.txt
+  python -m jaxmoe.data overlap DATASET --drop
+  python -m jaxmoe.data verify DATASET
 """
 _EXAMPLES += build_cli.EXAMPLES
 
@@ -35,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command. 0 on success, 2 with one line on stderr for a user's mistake."""
     args = _parser().parse_args(argv)
     try:
+        if own := getattr(args, "own", None):  # a command without a config
+            return own(args)
         if build_cli.wanted(args):
             build_cli.run(args)
             return 0
@@ -73,6 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     build_cli.add_train_tokenizer(commands)
     build.add_argument("--verify", action="store_true", help="compare every file's SHA-256")
     inspect.add_parser(commands, [common], _natural)
+    for command in (holdout_cli, overlap_cli, verify):
+        command.add_parser(commands)
     return parser
 
 

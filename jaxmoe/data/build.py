@@ -13,7 +13,7 @@ import hashlib
 import json
 import lzma
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,17 +21,19 @@ from typing import Any
 import numpy as np
 
 from jaxmoe.config import DataConfig
-from jaxmoe.data.holdout import Overlap, Split, Taken, split, take
+from jaxmoe.data.dataset import digest
+from jaxmoe.data.holdout import Overlap, Split, Taken, overlap_row, split, take
 from jaxmoe.data.sources import Document, Listing, screen
 from jaxmoe.data.tokenizer import Tokenizer, train_bpe
 from jaxmoe.data.tokenizer_files import load_tokenizer
 from jaxmoe.errors import UserError
 
-__all__ = ["FORMAT", "MANIFEST", "Report", "write"]
+__all__ = ["FORMAT", "MANIFEST", "Report", "files_fingerprint", "write"]
 
 # Raise it with any change to the files, or to which documents are chosen and how they are split.
 FORMAT = 1
 MANIFEST = "manifest.json"
+_SHARES = "shares passages with held-out text"
 _BATCH_BYTES = 4_000_000  # of text encoded at a time: bounds the tokenizer's memory
 
 Report = Callable[[str, float], None]  # (phase, fraction of it that is done)
@@ -63,6 +65,9 @@ def write(
     trained = _write_stream(folder, "train", train, tokenizer, report)
     held = _write_stream(folder, "holdout", heldout, tokenizer, lambda phase, done: None)
     saved = _write_file(folder / "tokenizer.json", [tokenizer.json.encode()])
+    files = {**trained.files, **held.files, "tokenizer.json": saved}
+    text = _text_fingerprint(heldout.documents)
+    compared = overlap_row(len(train.documents), train.dropped.get(_SHARES, 0))
     manifest = {
         "format": FORMAT,
         "tokenizer": {
@@ -72,14 +77,15 @@ def write(
             "dtype": tokenizer.dtype.str,
             "fingerprint": tokenizer.fingerprint,
         },
-        "files": {**trained.files, **held.files, "tokenizer.json": saved},
+        "files": files,
         "train": _summary(train, trained),
         "holdout": {
             "names": list(parts.packages) or sorted(d.name for d in heldout.documents),
-            "fingerprint": _text_fingerprint(heldout.documents),
+            "fingerprint": text,
             "xz_bits_per_byte": _xz_bits_per_byte(heldout.documents),
             **_summary(heldout, held),
         },
+        "overlap": {text: {files_fingerprint(files): compared}},
         "skipped": dict(listing.skipped),
         "settings": {
             "tokenizer_bytes": config.tokenizer_bytes,
@@ -87,9 +93,14 @@ def write(
             "holdout_bytes": config.holdout_bytes,
         },
     }
-    text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
-    _write_file(folder / MANIFEST, [text.encode()])
+    lines = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
+    _write_file(folder / MANIFEST, [lines.encode()])
     sync_folder(folder)
+
+
+def files_fingerprint(files: Mapping[str, Mapping[str, Any]]) -> str:
+    """16 hex digits over the SHA-256 of every file: what a run was trained on."""
+    return digest({name: row["sha256"] for name, row in files.items()})
 
 
 def sync_folder(folder: Path) -> None:
@@ -123,7 +134,7 @@ def _documents(config: DataConfig, parts: Split, where: str, report: Report) -> 
 
     def refuse(document: Document) -> str | None:
         shares = overlap.leaks(document.data)
-        return duplicate(document) or ("shares passages with held-out text" if shares else None)
+        return duplicate(document) or (_SHARES if shares else None)
 
     train = take(parts.train, config.max_bytes, refuse, lambda done: report("read", done))
     if not train.documents:

@@ -20,12 +20,30 @@ import numpy as np
 
 from jaxmoe.config import DataConfig
 from jaxmoe.data import sources
-from jaxmoe.data.build import FORMAT, MANIFEST, Report, named_tokenizer, sync_folder, write
+from jaxmoe.data.build import (
+    FORMAT,
+    MANIFEST,
+    Report,
+    files_fingerprint,
+    named_tokenizer,
+    sync_folder,
+    write,
+)
+from jaxmoe.data.damage import Guard
 from jaxmoe.data.store import Source
 from jaxmoe.data.tokenizer import Tokenizer
 from jaxmoe.errors import UserError
 
-__all__ = ["Corpus", "HeldOut", "load", "prepare"]
+__all__ = ["Corpus", "HeldOut", "Texts", "load", "prepare"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Texts:
+    """Documents of one domain."""
+
+    tokens: np.ndarray  # [tokens]: eot, then every document followed by eot
+    ends: np.ndarray  # [documents] int64: where in `tokens` each ends, its eot included
+    sizes: np.ndarray  # [documents] int64: bytes of UTF-8 text
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,8 +51,10 @@ class HeldOut:
     name: str
     tokens: np.ndarray  # [tokens]: eot, then every document followed by eot
     bytes: int  # of UTF-8 text
-    fingerprint: str  # of the text: the same under every tokenizer
-    xz_bits_per_byte: float  # of exactly these bytes, preset 9
+    # Of the text: the same under every tokenizer. A part of a set has more after a slash.
+    fingerprint: str
+    xz_bits_per_byte: float  # of exactly these bytes, preset 9; of a part: of the whole
+    domains: Mapping[str, Texts] = field(default_factory=dict)  # empty: not known
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,6 +71,8 @@ class Corpus:
     # are indexed like them.
     sources: Mapping[str, Source] = field(default_factory=dict)
     names: Mapping[str, Any] = field(default_factory=dict)
+    others: tuple[HeldOut, ...] = ()  # further held-out sets
+    guard: Guard | None = None  # of shards that are compared as they are read
 
 
 class _Broken(Exception):
@@ -142,6 +164,8 @@ def _open(folder: Path, verify: bool) -> Corpus:
         raise _Broken(f"{MANIFEST}: {type(error).__name__}") from None
     if manifest.get("format") != FORMAT:
         raise _Broken(f"{MANIFEST}: format {manifest.get('format')} is not {FORMAT}")
+    if "overlap" not in manifest:  # of before it was recorded: the same bytes are built again
+        raise _Broken(f"{MANIFEST}: it does not say what the held-out text was compared with")
     for name, expected in manifest["files"].items():
         _check(folder / name, expected, verify)
     tokenizer = Tokenizer((folder / "tokenizer.json").read_text())
@@ -159,7 +183,7 @@ def _open(folder: Path, verify: bool) -> Corpus:
             fingerprint=held["fingerprint"],
             xz_bits_per_byte=held["xz_bits_per_byte"],
         ),
-        fingerprint=_digest({n: f["sha256"] for n, f in manifest["files"].items()}),
+        fingerprint=files_fingerprint(manifest["files"]),
     )
 
 

@@ -28,7 +28,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -58,6 +58,7 @@ __all__ = [
 FORMAT = 2
 MANIFEST = "manifest.json"
 SHARD_BYTES = 1 << 30
+OpenShard = Callable[[Path, np.dtype, Mapping[str, Any]], Any]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")  # no dot: file names add parts after one
 
 
@@ -130,20 +131,32 @@ def check_name(name: str) -> None:
         raise UserError(f"source {name!r}: a name has 1 to 64 of A-Z a-z 0-9 _ -, no _ or - first")
 
 
-def open_data_set(folder: str | Path, *, verify: bool = False) -> DataSet:
-    """The data set in `folder`. `verify` reads every file and compares SHA-256 sums.
+def open_data_set(
+    folder: str | Path, *, verify: bool = False, open_shard: OpenShard | None = None
+) -> DataSet:
+    """The data set in `folder`.
+
+    Args:
+        verify: read every file and compare SHA-256 sums.
+        open_shard: how a training shard is opened, of its path, dtype and row of `files`; its size
+            is then not compared here. None: as a memory map.
 
     Raises:
         UserError: it is not whole, or of another format; the message names the file and the mend.
     """
     folder = Path(folder).expanduser()
     manifest = _read_manifest(folder)
-    for name, expected in manifest["files"].items():
-        _check(folder, name, expected, verify)
+    files = manifest["files"]
+    late = {s for e in manifest["sources"].values() for s in e["shards"]} if open_shard else set()
+    for name, expected in files.items():
+        if name not in late:
+            _check(folder, name, expected, verify)
     try:
         tokenizer = Tokenizer((folder / "tokenizer.json").read_text())
         dtype = np.dtype(manifest["tokenizer"]["dtype"])
-        opened = [_open(folder, manifest[part], dtype) for part in ("sources", "heldout")]
+        own = open_shard or _map
+        how = {"sources": own, "heldout": _map}
+        opened = [_open(folder, manifest[part], dtype, files, how[part]) for part in how]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder / MANIFEST}: {error!r}; build the data set again") from None
     return DataSet(
@@ -339,13 +352,21 @@ def _check(folder: Path, name: str, expected: Mapping[str, Any], verify: bool) -
             raise UserError(f"{path} has changed: its SHA-256 is {sha256}; build it again")
 
 
+def _map(path: Path, dtype: np.dtype, row: Mapping[str, Any]) -> np.ndarray:
+    return np.memmap(path, dtype, mode="r")
+
+
 def _open(
-    folder: Path, entries: Mapping[str, Mapping[str, Any]], dtype: np.dtype
+    folder: Path,
+    entries: Mapping[str, Mapping[str, Any]],
+    dtype: np.dtype,
+    files: Mapping[str, Mapping[str, Any]],
+    open_shard: OpenShard,
 ) -> tuple[dict[str, StoredSource], dict[str, Names]]:
     sources: dict[str, StoredSource] = {}
     names: dict[str, Names] = {}
     for name, entry in entries.items():
-        shards = [np.memmap(folder / s, dtype, mode="r") for s in entry["shards"]]
+        shards = [open_shard(folder / s, dtype, files[s]) for s in entry["shards"]]
         path = folder / entry["ends"]
         ends = np.memmap(path, "<i8", mode="r") if entry["documents"] else np.empty(0, np.int64)
         sources[name] = StoredSource(name, shards, ends, entry["domain"])

@@ -7,15 +7,17 @@ import difflib
 import functools
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from jaxmoe.data.dataset import fingerprint
 from jaxmoe.data.sources import Document, File, Unreadable, read
 from jaxmoe.errors import UserError
 
-__all__ = ["Overlap", "Split", "Taken", "split", "take"]
+__all__ = ["Overlap", "Split", "Taken", "checked", "overlap_row", "split", "take"]
 
 SHARE = 0.05  # of the packages, when none are named
 FULL = 0.95  # of a cap: past it only ever smaller documents would fit, and bias the sample
@@ -103,6 +105,46 @@ def take(
             total += len(document.data)
         progress(total / cap)
     return Taken(documents=tuple(documents), bytes=total, dropped=dict(sorted(dropped.items())))
+
+
+def checked(manifest: Mapping[str, Any], heldout_fingerprint: str, train_fingerprint: str) -> int:
+    """Documents that were found to repeat held-out text, and were left in the training text.
+
+    Args:
+        manifest: of a data set (format 2: every source must have been compared), or of the cache.
+        heldout_fingerprint: of a set's text; of a part of it (after a slash) the whole counts.
+        train_fingerprint: of what will be trained on.
+
+    Raises:
+        UserError: the set was not compared with exactly this training text.
+    """
+    rows = manifest.get("overlap", {}).get(heldout_fingerprint.partition("/")[0], {})
+    mend = "run python -m jaxmoe.data overlap on the data set"
+    if "sources" not in manifest:
+        wanted = {"the training text": train_fingerprint}
+    elif train_fingerprint != fingerprint(manifest):
+        raise UserError(
+            f"training text {train_fingerprint} is not the data set's, {fingerprint(manifest)}: it"
+            f" changed since it was opened; {mend}, and start again"
+        )
+    else:
+        wanted = {f"source {n!r}": e["fingerprint"] for n, e in manifest["sources"].items()}
+    missing = [name for name, print_ in wanted.items() if print_ not in rows]
+    if missing:
+        sets = manifest.get("heldout", {}).items()
+        named = [f"{n} " for n, e in sets if heldout_fingerprint.startswith(e["text_fingerprint"])]
+        raise UserError(
+            f"held-out set {''.join(named[:1])}{heldout_fingerprint} was not compared with"
+            f" {', '.join(missing)} of data {train_fingerprint}: {mend}"
+        )
+    return sum(rows[print_]["leaking"] for print_ in wanted.values())
+
+
+def overlap_row(documents: int, dropped: int) -> dict[str, Any]:
+    """What the cache's manifest says of the check that `Overlap` made while it was built."""
+    limits = {"windows": MAX_SHARED, "share": MAX_SHARED_FRACTION}
+    counts = {"documents": documents, "leaking": 0, "dropped": dropped}
+    return {"method": "chars50, case kept", "common": COMMON, "limits": limits, **counts}
 
 
 class Overlap:

@@ -24,6 +24,7 @@ __all__ = [
     "Listing",
     "Unreadable",
     "VENDORED",
+    "domain_of",
     "fault",
     "folder",
     "installed",
@@ -83,7 +84,7 @@ class Document:
     package: str
     name: str
     data: bytes  # valid UTF-8
-    domain: Literal["code", "prose"]
+    domain: str  # code, prose, or what its user calls it
 
     @property
     def text(self) -> str:
@@ -205,8 +206,13 @@ def read(file: File) -> list[Document]:
         raise Unreadable(reason)
     if file.kind == "topics":
         return _topics(file, data)
-    domain = "code" if file.path.suffix.lower() in _CODE else "prose"
+    domain = domain_of(file.path.name)
     return [Document(package=file.package, name=file.name, data=data, domain=domain)]
+
+
+def domain_of(name: str) -> Literal["code", "prose"]:
+    """By the end of a file's name."""
+    return "code" if Path(name).suffix.lower() in _CODE else "prose"
 
 
 def _stdlib() -> Iterable[tuple[str, str, Path]]:

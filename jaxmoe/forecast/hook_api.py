@@ -61,6 +61,8 @@ class Forecast:
         config: str,
         set: str,
         set_fingerprint: str,
+        train_fingerprint: str,
+        leaking: int,
         evals_lines: int | None = None,
     ) -> dict[str, Any]:
         """The record for `register.append`.
@@ -68,11 +70,19 @@ class Forecast:
         Args:
             config: the config's fingerprint.
             set, set_fingerprint: the held-out set the losses are of.
+            train_fingerprint: the training text that the set was compared with.
+            leaking: documents of it that were found to repeat the set, and were left in.
             evals_lines: lines that evals.jsonl had; lets `verify` look past a later rollback.
         """
         tree = dataclasses.asdict(self)
         lines = {} if evals_lines is None else {"evals_lines": evals_lines}
-        where = {"config": config, "set": set, "set_fingerprint": set_fingerprint}
+        where = {
+            "config": config,
+            "set": set,
+            "set_fingerprint": set_fingerprint,
+            "train_fingerprint": train_fingerprint,
+            "leaking": leaking,
+        }
         return {"kind": "forecast", **where, **tree, **lines, "path": list(tree["path"])}
 
 

@@ -27,6 +27,8 @@ __all__ = ["Problem", "anchor_path", "append", "observations", "read", "repair_t
 ZEROS = "0" * 64
 LEVELS = {"q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95}
 COMMON = ("config", "set", "set_fingerprint", "target_step", "target_tokens", "loss")
+# The training text that the set was compared with, and documents of it that repeat the set.
+COMPARED = ("train_fingerprint", "leaking")
 FIELDS = {
     "forecast": (*COMMON, "cutoff_step", "cutoff_tokens", "observations_sha256", "law"),
     "outcome": COMMON,
@@ -202,6 +204,7 @@ def _check_record(record: Mapping[str, Any]) -> None:
     missing = [name for name in FIELDS[kind] if name not in record]
     if missing:
         raise UserError(f"a {kind} needs {', '.join(missing)}; give every field")
+    _check_compared(record)
     filled = [name for name in SET_BY_APPEND if name in record]
     if filled:
         raise UserError(f"{', '.join(filled)} is filled in by append; leave it out")
@@ -214,6 +217,16 @@ def _check_record(record: Mapping[str, Any]) -> None:
         raise UserError(f"loss={loss!r}: every value must be a finite number of nats per token")
     if values != sorted(values):
         raise UserError(f"loss={loss!r}: quantiles must rise from q05 to q95")
+
+
+def _check_compared(record: Mapping[str, Any]) -> None:
+    """A loss on text that may have been trained on is no forecast's target."""
+    text, leaking = (record.get(name) for name in COMPARED)
+    if not (isinstance(text, str) and text and type(leaking) is int and leaking >= 0):
+        raise UserError(
+            f"held-out set {record['set']!r} was not compared with the training text: a"
+            f" {record['kind']} needs {' and '.join(COMPARED)}, from python -m jaxmoe.data overlap"
+        )
 
 
 def _dump(record: Mapping[str, Any]) -> bytes:

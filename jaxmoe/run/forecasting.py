@@ -13,6 +13,7 @@ from jaxmoe.forecast import register
 from jaxmoe.forecast.curve import Run, Schedule
 from jaxmoe.forecast.hook_api import Forecast, forecast_final, ready
 from jaxmoe.optim import rates
+from jaxmoe.run.evaluation import EvalSet
 from jaxmoe.run.record import EVALS, FORECASTS
 
 
@@ -24,7 +25,7 @@ class ForecastHook:
     """
 
     def __init__(
-        self, config: Config, run_dir: Path, held_out: Any, event: Callable[[int, str], None]
+        self, config: Config, run_dir: Path, held_out: EvalSet, event: Callable[[int, str], None]
     ) -> None:
         self.latest: Forecast | None = None
         self._config = config
@@ -84,9 +85,11 @@ class ForecastHook:
             loss=np.array([loss for _, loss in seen], np.float64),
         )
 
-    def _where(self) -> dict[str, str]:
+    def _where(self) -> dict[str, Any]:
         return {
             "config": config_lib.fingerprint(self._config),
-            "set": self._held_out.name,
-            "set_fingerprint": self._held_out.fingerprint,
+            "set": self._held_out.held_out.name,
+            "set_fingerprint": self._held_out.held_out.fingerprint,
+            "train_fingerprint": self._held_out.train_fingerprint,
+            "leaking": self._held_out.leaking,
         }

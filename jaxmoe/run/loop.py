@@ -9,7 +9,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -23,12 +23,13 @@ from jaxmoe import config as config_lib
 from jaxmoe import mesh as mesh_lib
 from jaxmoe.config import Config
 from jaxmoe.curriculum import Shape, curriculum, shaped
-from jaxmoe.data import feed
+from jaxmoe.data import damage, feed
 from jaxmoe.data.cache import Corpus
-from jaxmoe.data.loader import Packed, Rows, documents, heldout_batches
+from jaxmoe.data.loader import Packed, Rows, documents
 from jaxmoe.data.mixture import Mixture
 from jaxmoe.run import record, xla
 from jaxmoe.run.checkpoint import Checkpoints
+from jaxmoe.run.evaluation import evaluate_sets, open_sets
 from jaxmoe.run.forecasting import ForecastHook
 from jaxmoe.run.meter import CodeLength, Meter
 from jaxmoe.run.params import Params, open_params
@@ -71,9 +72,7 @@ class Trainer:
         self.record = RunRecord(run_dir, writes=jax.process_index() == 0)
         self.plan = curriculum(config)
         self.stream = feed.open_stream(config, corpus)
-        self.held_out = heldout_batches(
-            corpus.heldout.tokens, config.train.seq_len, config.eval.batch_size
-        )
+        self.sets = open_sets(config, corpus)
         self.forecast: ForecastHook | None = None
         self.meter = Meter(config, peak=peak)
         self.tokens = 0  # drawn: the data position, and what batch, length and mix follow
@@ -93,7 +92,7 @@ class Trainer:
         self.record.begin(self.config)
         if jax.process_index() == 0:
             note = partial(self._event, "register")
-            self.forecast = ForecastHook(self.config, self.record.folder, self.corpus.heldout, note)
+            self.forecast = ForecastHook(self.config, self.record.folder, self.sets[0], note)
         self.checkpoints = Checkpoints(
             self.record.folder / record.CHECKPOINTS, self.config.checkpoint
         )
@@ -107,6 +106,12 @@ class Trainer:
         if restored is None:
             self.record.rewind(0)
             self._event("start", 0, f"config {config_lib.fingerprint(self.config)}")
+            for one in self.sets:
+                if one.leaking:
+                    why = (
+                        f"{one.leaking} training documents repeat held-out set {one.held_out.name}"
+                    )
+                    self._event("overlap", 0, why)
             return self._fresh()
         for step, why in restored.broken:
             self._event("fallback", step, f"checkpoint {step} cannot be restored: {why}")
@@ -157,7 +162,7 @@ class Trainer:
             if self.plan.at(step).shape not in self._compiled:
                 pending = self._read(pending)
             with self.meter.drawing():
-                batch = self.next_batch()
+                batch = self._draw(step)
             state, metrics = self._step(state, batch)
             pending, earlier = (step + 1, metrics), pending
             self._read(earlier)
@@ -168,6 +173,14 @@ class Trainer:
         self._event("done", step, f"held-out {nll:.5f} nats per token")
         return Outcome(step=step, nll=nll, bits_per_byte=nll * self.bits_per_nat)
 
+    def _draw(self, step: int) -> Batch:
+        """The next batch; damage that it came upon is an event, whether it stops the run or not."""
+        try:
+            return self.next_batch()
+        finally:
+            for what in self.corpus.guard.news() if self.corpus.guard else ():
+                self._event("damaged", step, what)
+
     def next_batch(self) -> Batch:
         """Rows of the stream from where the last batch ended; each process reads its own."""
         step = self.plan.step_of(self.tokens)
@@ -176,7 +189,10 @@ class Trainer:
 
         @cache  # asked by every device, and for every part of the batch
         def rows(start: int, stop: int) -> Rows | Packed:
-            return feed.read_rows(self.stream, self.config, step, start, stop)
+            drawn = feed.read_rows(self.stream, self.config, step, start, stop)
+            eot = self.corpus.tokenizer.eot
+            tokens, weights = damage.hide(drawn.tokens, drawn.weights, eot)
+            return drawn._replace(tokens=tokens, weights=weights)
 
         batch = self._batch(shape.batch, shape.length, rows)
         if not isinstance(self.stream, Mixture):
@@ -271,43 +287,40 @@ class Trainer:
     # Eval and checkpoint
 
     def evaluate(self, step: int, state: TrainState) -> None:
-        """The held-out loss, recorded and told to the forecast; once a step."""
+        """The held-out losses, recorded, and the first told to the forecast; once a step."""
         if self.evaluated is not None and self.evaluated[0] == step:
             return
         with self.meter.paused():
-            nll = self.held_out_loss(state)
+            lines = evaluate_sets(self.sets, partial(self._held_out_sums, state))
+            for line in lines:
+                tokens = self.plan.tokens(step)
+                self.record.evaluated({"step": step, "tokens": tokens, **line})
+            nll = lines[0]["nll"]
             self.evaluated = (step, nll)
-            held_out = self.corpus.heldout
-            self.record.evaluated(
-                {
-                    "step": step,
-                    "tokens": self.plan.tokens(step),
-                    "set": held_out.name,
-                    "set_fingerprint": held_out.fingerprint,
-                    "nll": nll,
-                    "bits_per_byte": nll * self.bits_per_nat,
-                }
-            )
             if self.forecast is not None:
                 self.forecast.after_eval(step, nll)
 
     def held_out_loss(self, state: TrainState) -> float:
-        """Nats per token over the whole held-out set."""
+        """Nats per token over the whole of the first held-out set."""
+        sums = partial(self._held_out_sums, state)
+        return evaluate_sets(self.sets[:1], sums)[0]["nll"]
+
+    def _held_out_sums(self, state: TrainState, batches: Sequence[Rows]) -> tuple[float, float]:
+        """(nats, tokens)."""
         total = None
-        for tokens, weights in self.held_out:
+        for tokens, weights in batches:
             rows = lambda a, b, t=tokens, w=weights: Rows(t[a:b], w[a:b])  # noqa: E731
             batch = self._batch(len(weights), weights.shape[1], rows)
             sums = eval_step(state.params, batch, self.config)
             total = sums if total is None else add(total, sums)
         assert total is not None
         host = jax.device_get(total)
-        return float(np.float64(host.nll) / np.float64(host.weight))
+        return float(host.nll), float(host.weight)
 
     @property
     def bits_per_nat(self) -> float:
-        """Bits per byte of the held-out set for one nat per token."""
-        held_out = self.corpus.heldout
-        return (len(held_out.tokens) - 1) / held_out.bytes / math.log(2)
+        """Bits per byte of the first held-out set for one nat per token."""
+        return self.sets[0].bits_per_nat
 
     def save(self, step: int, state: TrainState) -> None:
         with self.meter.paused():
@@ -336,5 +349,5 @@ class Trainer:
 
     def _event(self, what: str, step: int, why: str) -> None:
         self.record.event(what, step=step, why=why)
-        if what in ("init", "resume", "fallback", "register"):
+        if what in ("init", "resume", "fallback", "register", "overlap", "damaged"):
             self.display.note(f"{what}: {why}")

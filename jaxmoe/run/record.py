@@ -79,6 +79,7 @@ def finished(run_dir: Path) -> dict[str, Any] | None:
     """The final held-out result of a run that is done; None if it is not."""
     done = [event["step"] for event in read_lines(run_dir / EVENTS) if event["what"] == "done"]
     rows = [row for row in read_lines(run_dir / EVALS) if done and row["step"] == done[-1]]
+    rows = [row for row in rows if row["set"] == rows[0]["set"]]  # what is forecast comes first
     return rows[-1] if rows else None
 
 
@@ -137,10 +138,10 @@ class RunRecord:
     def evaluated(self, line: Mapping[str, Any]) -> None:
         """Adds a held-out result, unless the same is there already.
 
-        A line stands for its step until one of an earlier or the same step follows it.
+        A line stands for its step until one of its set and an earlier or the same step follows it.
         """
         standing: list[dict[str, Any]] = []
-        for row in self.read(EVALS):
+        for row in (r for r in self.read(EVALS) if r["set"] == line["set"]):
             standing = [k for k in standing if k["step"] < row["step"]] + [row]
         if line not in standing:
             self.append(EVALS, line)

@@ -13,6 +13,7 @@ import pytest
 
 from jaxmoe.config import DataConfig, replace
 from jaxmoe.data.cache import Corpus, load, prepare
+from jaxmoe.data.holdout import checked
 from jaxmoe.errors import UserError
 
 # A process that builds; hold: seconds in its first phase of work; die: the phase it is killed in.
@@ -283,3 +284,22 @@ def test_what_is_installed_here(tmp_path: Path):
     assert 0.9 * 60_000 < corpus.heldout.bytes <= 60_000
     assert 1.0 < corpus.heldout.xz_bits_per_byte < 3.5
     assert str(Path.home()) not in (corpus.folder / "manifest.json").read_text()
+
+
+def test_the_cache_says_what_its_held_out_text_was_compared_with(config: DataConfig, texts: Path):
+    (texts / "p4" / "0.txt").write_text((texts / "p3" / "0.txt").read_text() + " a leak")
+    config = replace(config, holdout=("p3",))
+    corpus = prepare(config, 300)
+    held = corpus.heldout.fingerprint
+    assert checked(corpus.manifest, held, corpus.fingerprint) == 0
+    assert corpus.manifest["overlap"][held][corpus.fingerprint]["dropped"] == 1
+    with pytest.raises(UserError, match="was not compared with the training text of data ffff"):
+        checked(corpus.manifest, held, "ffff")
+    with pytest.raises(UserError, match="held-out set 0000 was not compared"):
+        checked(corpus.manifest, "0000", corpus.fingerprint)
+    # One of before it was written down: the same bytes again, and it is.
+    manifest = {k: v for k, v in corpus.manifest.items() if k != "overlap"}
+    (corpus.folder / "manifest.json").write_text(json.dumps(manifest))
+    again = prepare(config, 300)
+    assert again.fingerprint == corpus.fingerprint
+    assert again.manifest == corpus.manifest

@@ -55,6 +55,8 @@ def record(step: int = 300, **changes: object) -> dict:
         "config": "abc123abc123",
         "set": "stdlib",
         "set_fingerprint": "f00",
+        "train_fingerprint": "7ea",
+        "leaking": 0,
         "cutoff_step": step,
         "cutoff_tokens": step * 2048.0,
         "observations_sha256": "0" * 64,
@@ -68,5 +70,6 @@ def record(step: int = 300, **changes: object) -> dict:
 
 def outcome(realised: float = 3.05, **changes: object) -> dict:
     keys = ("config", "set", "set_fingerprint", "target_step", "target_tokens")
+    keys += ("train_fingerprint", "leaking")
     base = {k: v for k, v in record().items() if k in keys}
     return {**base, "kind": "outcome", "loss": {"realised": realised}, **changes}

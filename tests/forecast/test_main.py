@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from forecast_cases import record, synthetic
@@ -26,7 +27,8 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "config.json").write_text(json.dumps({"name": "tiny"}))
     plan = {"lr": list(run.schedule.lr), "tokens_per_step": 2048}
     (tmp_path / "schedule.json").write_text(json.dumps(plan))
-    where = {"config": "abc", "set": "stdlib", "set_fingerprint": "f00"}
+    where: dict[str, Any] = {"config": "abc", "set": "stdlib", "set_fingerprint": "f00"}
+    where |= {"train_fingerprint": "7ea", "leaking": 0}
     for step in (300, 600):
         forecast = forecast_final(run.until(step))
         append(tmp_path / "forecasts.jsonl", forecast.record(**where, evals_lines=step // 25))

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 
@@ -318,3 +319,16 @@ def test_a_rollback_after_a_forecast_is_no_tampering(tmp_path: Path) -> None:
     assert verify(path) == []
     (tmp_path / "evals.jsonl").write_text(evals([(100, 4.4), (200, 4.2), (300, 3.8)]))
     assert [p.line for p in verify(path)] == [1]
+
+
+@pytest.mark.parametrize("bad", [{"train_fingerprint": ""}, {"leaking": -1}, {"leaking": None}])
+@pytest.mark.parametrize("make", [record, outcome])
+def test_a_set_that_was_not_compared_with_the_training_text_is_refused(
+    tmp_path: Path, make: Callable[..., dict], bad: dict
+) -> None:
+    with pytest.raises(UserError, match="'stdlib' was not compared with the training text"):
+        append(tmp_path / "forecasts.jsonl", make(**bad))
+    (name,) = bad
+    without = {k: v for k, v in make().items() if k != name}
+    with pytest.raises(UserError, match="was not compared"):
+        append(tmp_path / "forecasts.jsonl", without)

@@ -1,0 +1,123 @@
+"""Whether the files of a data set are as they were written: sizes and SHA-256 sums."""
+
+import argparse
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from jaxmoe.data.bars import bars
+from jaxmoe.errors import UserError
+
+__all__ = ["Verdict", "add_parser", "run", "verify"]
+
+_EXAMPLES = """examples:
+  python -m jaxmoe.data verify DIR            a data set, or a folder of the cache
+  python -m jaxmoe.data verify DIR --json
+Exit code 1 if a file is damaged.
+"""
+_BLOCK = 1 << 22
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    file: str
+    bytes: int  # as they should be
+    fault: str | None  # None: whole
+
+
+def verify(
+    folder: str | Path, report: Callable[[str, float], None] = lambda phase, fraction: None
+) -> list[Verdict]:
+    """Reads every file that the manifest in `folder` names, several at a time.
+
+    Raises:
+        UserError: no manifest, or one that names no files.
+    """
+    folder = Path(folder).expanduser()
+    files = _files(folder)
+    total = max(1, sum(row["bytes"] for row in files.values()))
+    lock, done = threading.Lock(), 0
+
+    def read(size: int) -> None:
+        nonlocal done
+        with lock:
+            done += size
+            report("verify", min(1.0, done / total))
+
+    def one(item: tuple[str, Mapping[str, Any]]) -> Verdict:
+        name, row = item
+        fault = _fault(folder / name, row, read)
+        return Verdict(file=name, bytes=row["bytes"], fault=fault)
+
+    # Hashing releases the interpreter's lock.
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        return list(threads.map(one, sorted(files.items())))
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "verify",
+        help="compare every file's SHA-256",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", metavar="DIR", help="with a manifest.json in it")
+    parser.add_argument("--json", action="store_true", help="print JSON, for scripts")
+    parser.set_defaults(own=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    with bars() as report:
+        verdicts = verify(args.folder, report)
+    damaged = [v for v in verdicts if v.fault is not None]
+    if args.json:
+        print(json.dumps({"damaged": len(damaged), "files": [asdict(v) for v in verdicts]}))
+        return 1 if damaged else 0
+    table = Table("file", "bytes", "verdict")
+    for verdict in verdicts:
+        table.add_row(verdict.file, f"{verdict.bytes:,}", verdict.fault or "whole")
+    console = Console()
+    console.print(table)
+    console.print(f"{len(damaged)} of {len(verdicts)} files are damaged")
+    return 1 if damaged else 0
+
+
+def _files(folder: Path) -> dict[str, Mapping[str, Any]]:
+    path = folder / "manifest.json"
+    try:
+        files = json.loads(path.read_text())["files"]
+        return {str(name): {"bytes": int(row["bytes"]), **row} for name, row in files.items()}
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder}: no manifest.json in it; give the folder of a data set"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: {error!r}; build the data set again") from None
+
+
+def _fault(path: Path, row: Mapping[str, Any], read: Callable[[int], None]) -> str | None:
+    digest, size = hashlib.sha256(), 0
+    try:
+        with open(path, "rb") as stream:
+            while block := stream.read(_BLOCK):
+                digest.update(block)
+                size += len(block)
+                read(len(block))
+    except FileNotFoundError:
+        return "missing"
+    except OSError as error:
+        return f"unreadable: {error.strerror}"
+    if size != row["bytes"]:
+        return f"has {size:,} bytes instead of {row['bytes']:,}"
+    if digest.hexdigest() != row["sha256"]:
+        return f"has changed: its SHA-256 is {digest.hexdigest()[:16]}..."
+    return None
