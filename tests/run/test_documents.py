@@ -171,11 +171,11 @@ def test_a_batch_numbers_the_documents_of_its_rows(
     asked: list[tuple[int, int]] = []
     read = trainer.stream.rows
 
-    def spy(position: int, start: int, stop: int) -> np.ndarray:
+    def spy(position: int, start: int, stop: int) -> Any:
         asked.append((start, stop))
         return read(position, start, stop)
 
-    trainer.stream.rows = spy
+    trainer.stream.rows = spy  # type: ignore[method-assign]
     trainer.next_batch()
     batch = trainer.next_batch()
     assert sorted(asked) == sorted([(i, i + 1) for i in range(8)] * 2)
