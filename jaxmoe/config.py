@@ -303,6 +303,11 @@ class CheckpointConfig(_Strict):
 class ForecastConfig(_Strict):
     first: Positive = 200  # step of the first forecast
     every: Positive = 100  # steps between forecasts; a multiple of eval.every
+    # Of the slow alarm (forecast/alarms.py): chance of a false one in a run, at most.
+    false_alarms: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    # What follows any alarm but that of the registered band, which is only told: nothing but an
+    # event, a checkpoint at once, or that and the end of the run (exit code 3).
+    on_alarm: Literal["log", "checkpoint", "stop"] = "log"
 
 
 @dataclass(frozen=True, kw_only=True)

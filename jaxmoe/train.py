@@ -28,7 +28,7 @@ from jaxmoe.model.cost import cost
 from jaxmoe.model.lm import lm_specs
 from jaxmoe.optim import rates
 from jaxmoe.run import platform, record, xla
-from jaxmoe.run.loop import Outcome, Trainer
+from jaxmoe.run.loop import Alarmed, Outcome, Trainer
 from jaxmoe.run.params import open_params
 from jaxmoe.run.progress import Display, clock, display
 from jaxmoe.run.state import param_specs
@@ -55,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"jaxmoe.train: {error}", file=sys.stderr)
         return _leave(2)
+    except Alarmed as alarm:
+        print(f"jaxmoe.train: {alarm}; the same command goes on from here", file=sys.stderr)
+        return _leave(3)
     except KeyboardInterrupt:
         print("jaxmoe.train: interrupted; the same command goes on from here", file=sys.stderr)
         return _leave(130)

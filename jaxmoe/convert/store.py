@@ -8,6 +8,7 @@ of ours holds a matrix of all layers and experts.
 import json
 import math
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,12 @@ class Store:
             size, done = self._writing.popleft()
             done.result()
             self._bytes -= size
+
+    def abandon(self) -> None:
+        """Waits for what is on its way: else it is written into a folder that is being removed."""
+        for _, done in self._writing:
+            with suppress(Exception):
+                done.result()
 
     def finish(self, about: dict[str, Any]) -> None:
         self._wait(0)

@@ -61,6 +61,7 @@ def from_hf(folder: Path, to: Path, progress: Progress) -> dict[str, Any]:
     _compare(folder, wanted, sources)
     wanted = [k for k in wanted if k.name in sources]
     part = _begin(to)
+    store: Store | None = None
     try:
         specs = lm_specs(cfg)
         store = Store(part, specs, _dtypes(wanted, sources))
@@ -80,6 +81,8 @@ def from_hf(folder: Path, to: Path, progress: Progress) -> dict[str, Any]:
         store.finish(about)
         os.replace(part, to)
     except BaseException:
+        if store is not None:
+            store.abandon()
         shutil.rmtree(part, ignore_errors=True)
         raise
     return about

@@ -26,7 +26,9 @@ from jaxmoe.forecast.curve import Floats
 
 __all__ = ["Alarm", "Band", "Prior", "ShiftWatch", "SpikeWatch", "beside", "look_at", "prior_of"]
 
-SIZES = (0.003, 0.006, 0.01, 0.02, 0.05)  # of shifts, in the log of the loss
+# Shifts of the log of the loss. Exact ones: with a spread they would fit bends of the curve too.
+# What is far from all of them is an outlier to each, until the CUSUM sees that it stays.
+SIZES = (0.003, 0.006, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 DRIFTS = 10.0 ** np.arange(8)  # variance of the slope's drift over that of the noise
 # How often an observation is an outlier, and by how much its noise is wider. One alone is evidence
 # of 200,000 at most: a shift, where no more than 200 observations are expected.
@@ -226,6 +228,7 @@ class ShiftWatch:
 
     def add(self, step: int, loss: float) -> tuple[Seen, list[Alarm]]:
         """`step` above the one before, from 1 on. An alarm of each kind is raised once."""
+        assert not self._steps or step > self._steps[-1], (step, self._steps[-1])
         y = math.log(loss) - (self._baseline(step) if self._baseline else 0.0)
         if self._steps:
             self._bank.advance(math.log(step / self._steps[-1]))

@@ -112,7 +112,7 @@ def compute_floor(
     # the sum of weights, because a weight of 0.01 is a hundredth of a run.
     effective = max(float(np.sum(points.flops / points.flops.max())), 2.0)
     log = -0.5 * effective * np.log(square)
-    share = np.exp(log - logsumexp(log))
+    share = np.exp(log - np.asarray(logsumexp(log)))
     order = np.argsort(floor)
     steps = np.cumsum(share[order])
     low, high = (float(floor[order][np.searchsorted(steps, q)]) for q in (0.05, 0.95))

@@ -39,6 +39,8 @@ class ForecastHook:
         lines = register.read(self._file) if self._file.exists() else []
         self._registered = {line["cutoff_step"] for line in lines if line["kind"] == "forecast"}
         self._closed = any(line["kind"] == "outcome" for line in lines)
+        # Of the first forecast: a later one would absorb what goes wrong.
+        self.frozen = next((line["path"] for line in lines if line["kind"] == "forecast"), None)
 
     def state(self) -> list[list[float]]:
         return [[step, loss] for step, loss in self._seen]
@@ -68,6 +70,7 @@ class ForecastHook:
             record = self.latest.record(**self._where(), evals_lines=lines)
             register.append(self._file, record)
             self._registered.add(step)
+            self.frozen = self.frozen or record["path"]
 
     def _close(self, step: int, nll: float) -> None:
         if self._registered and not self._closed:

@@ -27,6 +27,7 @@ from jaxmoe.data import damage, feed
 from jaxmoe.data.cache import Corpus
 from jaxmoe.data.loader import Packed, Rows, documents
 from jaxmoe.data.mixture import Mixture
+from jaxmoe.forecast.alarms import Alarm
 from jaxmoe.run import record, xla
 from jaxmoe.run.checkpoint import Checkpoints
 from jaxmoe.run.evaluation import evaluate_sets, open_sets
@@ -37,6 +38,7 @@ from jaxmoe.run.progress import Display
 from jaxmoe.run.record import RunRecord
 from jaxmoe.run.state import TrainState, abstract_state, init_state, relaid, state_as_saved
 from jaxmoe.run.step import Batch, StepMetrics, add, eval_step, train_step
+from jaxmoe.run.watching import Watching
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,10 @@ class Outcome:
 def due(step: int, every: int) -> bool:
     """The one predicate for periodic work (the end of a run is asked for separately)."""
     return step % every == 0
+
+
+class Alarmed(Exception):
+    """An alarm has ended the run, as forecast.on_alarm says; its checkpoint is saved."""
 
 
 class Trainer:
@@ -90,6 +96,7 @@ class Trainer:
     def prepare(self) -> TrainState:
         """The state to go on from: the newest whole checkpoint's, or a fresh one."""
         self.record.begin(self.config)
+        self.watching = Watching(self.config)
         if jax.process_index() == 0:
             note = partial(self._event, "register")
             self.forecast = ForecastHook(self.config, self.record.folder, self.sets[0], note)
@@ -140,6 +147,8 @@ class Trainer:
         self.record.rewind(step)
         if self.forecast is not None:
             self.forecast.restore(meta["forecast"])
+        self.watching.freeze(self.forecast.frozen if self.forecast else None)
+        self.watching.restore(meta.get("spikes", []), meta["forecast"])
         if meta["forecast"] and meta["forecast"][-1][0] == step:
             self.evaluated = (step, meta["forecast"][-1][1])
         self._event("resume", step, f"from checkpoint {step}")
@@ -154,11 +163,15 @@ class Trainer:
             if due(step, config.eval.every) or step == last:
                 pending = self._read(pending)
                 self.evaluate(step, state)
-            if step != start and (due(step, config.checkpoint.every) or step == last):
+            acts = self.watching.acts()
+            if step != start and (due(step, config.checkpoint.every) or step == last or acts):
                 pending = self._read(pending)
                 self.save(step, state)
             if step == last:
                 break
+            if acts and config.forecast.on_alarm == "stop":
+                self.checkpoints.close()
+                raise Alarmed(f"stopped at step {step} by an alarm: {acts}")
             if self.plan.at(step).shape not in self._compiled:
                 pending = self._read(pending)
             with self.meter.drawing():
@@ -262,6 +275,7 @@ class Trainer:
             self._event("crash", step, why)
             raise FloatingPointError(f"step {step}: {why}")
         self._count_code(step, sums)
+        self._tell(step, self.watching.after_step(step, nll, norm))
         if due(step, self.config.train.log_every) or step == self.config.train.steps:
             line = {**self.meter.line(step, metrics), **self.code.line()}
             self.record.append(record.METRICS, line)
@@ -297,8 +311,10 @@ class Trainer:
                 self.record.evaluated({"step": step, "tokens": tokens, **line})
             nll = lines[0]["nll"]
             self.evaluated = (step, nll)
+            self._tell(step, self.watching.after_eval(step, nll))
             if self.forecast is not None:
                 self.forecast.after_eval(step, nll)
+                self.watching.freeze(self.forecast.frozen)
 
     def held_out_loss(self, state: TrainState) -> float:
         """Nats per token over the whole of the first held-out set."""
@@ -331,6 +347,7 @@ class Trainer:
                 "code": dataclasses.asdict(self.code),
                 "data": self.corpus.fingerprint,
                 "forecast": self.forecast.state() if self.forecast is not None else [],
+                "spikes": self.watching.state(),
                 "seconds": self.meter.seconds,
                 "config": config_lib.as_dict(self.config),
             }
@@ -347,7 +364,11 @@ class Trainer:
         held_out = self.evaluated and self.evaluated[1] * unit
         return {"bits_per_byte": held_out, "forecast": band}
 
+    def _tell(self, step: int, alarms: Sequence[Alarm]) -> None:
+        for alarm in alarms:
+            self._event("alarm", step, str(alarm))
+
     def _event(self, what: str, step: int, why: str) -> None:
         self.record.event(what, step=step, why=why)
-        if what in ("init", "resume", "fallback", "register", "overlap", "damaged"):
+        if what in ("init", "resume", "fallback", "register", "overlap", "damaged", "alarm"):
             self.display.note(f"{what}: {why}")

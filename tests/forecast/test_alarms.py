@@ -54,6 +54,13 @@ def test_healthy_runs_are_left_alone() -> None:
     assert sum(bool(alarms(curve(seed))) for seed in range(30)) <= 1
 
 
+@pytest.mark.parametrize("size", [0.14, 0.35, 2.0])
+def test_a_large_shift_of_any_size_is_found(size: float) -> None:
+    for seed in range(3):
+        found = alarms(curve(seed) * np.where(np.arange(60) >= 30, 1 + size, 1))
+        assert found and STEPS[30] <= found[0].step <= STEPS[35]
+
+
 @pytest.mark.parametrize(("size", "within"), [(0.01, 1), (0.03, 3)])
 def test_a_permanent_shift_is_found_and_told(size: float, within: int) -> None:
     """Sooner where it is one of SIZES."""
@@ -105,11 +112,11 @@ def test_siblings_make_the_watch_sharper() -> None:
     share = steps / steps[-1]
 
     def run(seed: int) -> np.ndarray:
-        return curve(seed, 2e-3, steps) * bend
+        return curve(seed, 1.5e-3, steps) * bend
 
     siblings = [(share, run(seed)) for seed in range(1, 9)]
     prior = prior_of(siblings)
-    assert 1e-3 < prior.scale < 4e-3
+    assert 7e-4 < prior.scale < 3e-3
     base = beside(siblings)
     faulty = run(0) * np.where(share >= 0.5, 1.01, 1)
     alone, helped = ShiftWatch(12), ShiftWatch(12, prior=prior, baseline=lambda s: base(s / 3000))

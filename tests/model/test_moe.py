@@ -253,14 +253,14 @@ def test_dispatch_equals_every_expert_for_every_token(
     x, weights, ct = rows(4, B, L, D), rows(5, B, L, A), rows(6, B, L, D)
     w = params().experts
     taken, (sizes, most) = set(), sizes_on(where, cfg)
-    for name, ids in cases(where, cfg).items():
+    for case, ids in cases(where, cfg).items():
         with jax.set_mesh(mesh):
             specs = (rows_spec, rows_spec, rows_spec, WEIGHTS, rows_spec)
             args = put(mesh, (x, weights, ids, w, ct), specs)
             *got, overflow = dispatched(cfg, *args)
             ran = np.unique(size_taken(cfg, args[2]))
-        assert ran.tolist() == [size_for(ids, where, cfg)], name
-        assert float(overflow) == (ran[0] != sizes[0]), name
+        assert ran.tolist() == [size_for(ids, where, cfg)], case
+        assert float(overflow) == (ran[0] != sizes[0]), case
         taken.add(int(ran[0]))
         want = plainly(x, weights, ids, w, ct)
         for part, g, v in zip(
@@ -269,7 +269,7 @@ def test_dispatch_equals_every_expert_for_every_token(
             jax.tree.leaves(want),
             strict=True,
         ):
-            assert_close(g, v, name=f"{name}: {part}")
+            assert_close(g, v, name=f"{case}: {part}")
     several = {0} if sizes[-1] < most else set()
     assert several or name == "one"
     assert {sizes[0]} | several <= taken
