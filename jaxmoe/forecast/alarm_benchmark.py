@@ -12,22 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxmoe.forecast.alarms import Prior, ShiftWatch, beside, prior_of
+from jaxmoe.forecast.benchmark_data import Curve
 from jaxmoe.forecast.curve import Floats
 
 FAULT, BEGINS, WITHIN = 1.01, 0.5, 0.05
 SIBLINGS, LEAST = 8, 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class Curve:
-    """A completed run."""
-
-    set: str
-    family: str
-    run: str  # in order of time within a family
-    step: Floats
-    share: Floats  # of the run, rising to 1
-    loss: Floats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,14 +52,14 @@ def score_alarms(
 
 
 def earlier(curves: Iterable[Curve], families: frozenset[str]) -> Callable[[Curve], list[Curve]]:
-    """Siblings of runs in these sets: the newest earlier ones of the same family, or, where there
-    are too few, of the set."""
-    in_time = sorted(curves, key=lambda c: c.run)
+    """Siblings of runs in these sets, whose names rise with time: the newest earlier ones of the
+    same family, or, where there are too few, of the set."""
+    in_time = sorted(curves, key=lambda c: c.name)
 
     def siblings(curve: Curve) -> list[Curve]:
         if curve.set not in families:
             return []
-        before = [c for c in in_time if c.set == curve.set and c.run < curve.run]
+        before = [c for c in in_time if c.set == curve.set and c.name < curve.name]
         alike = [c for c in before if c.family == curve.family]
         return (alike if len(alike) >= LEAST else before)[-SIBLINGS:]
 

@@ -5,6 +5,7 @@ with the best interval score (Gneiting and Raftery 2007, eq. 43, at 90 %) among 
 the *other* sets well (COVERED), so no set's outcome tunes its own figure. Medians are not tuned.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxmoe.forecast import siblings as sibling_law
+from jaxmoe.forecast.alarm_benchmark import earlier, score_alarms
 from jaxmoe.forecast.anneal import AnnealStack, predict_mean
 from jaxmoe.forecast.baseline import TwoVariable
 from jaxmoe.forecast.benchmark_data import Curve, load_curves, load_points
@@ -44,6 +46,7 @@ WIDTHS = (0.5, 0.6, 0.7, 0.85, 1.0)
 MISFITS = (0.0, 0.004, 0.006, 0.008, 0.012)
 SIBLING_WIDTHS = (0.5, 0.7, 1.0)
 SEEDS = (0.001, 0.002)
+IN_TIME = frozenset(["modded_nanogpt"])  # sets of runs one after another, named by date
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +105,7 @@ def run_benchmark(folder: Path, advance: Advance | None = None) -> Report:
     rows += _siblings(curves, tick, tuned, coverage)
     rows += _alone(curves, tick, coverage)
     rows += _coverage_rows(coverage)
+    rows += _alarms(curves, tick)
     return Report(rows=tuple(rows), tuned=tuned)
 
 
@@ -307,6 +311,38 @@ def _coverage_rows(coverage: Mapping[str, Mapping[str, float]]) -> list[Row]:
             )
         )
     return rows
+
+
+def _alarms(curves: Sequence[Curve], tick: Advance) -> list[Row]:
+    """Nothing is tuned by set; sizes and priors were chosen while looking at these figures."""
+    done = itertools.count(1)
+    scored = score_alarms(
+        curves, earlier(curves, IN_TIME), done=lambda: tick("alarms", next(done), len(curves))
+    )
+    flagged = {name: 100 * one.flagged for name, one in scored.items()}
+    found = {name: 100 * one.found for name, one in scored.items()}
+    healthy, seen = (float(np.mean(list(v.values()))) for v in (flagged, found))
+    common = {"item": "alarms", "baseline": "1-80; 70-100"}
+    return [
+        Row(
+            **common,
+            case="healthy runs flagged: mean of sets",
+            count=sum(one.runs for one in scored.values()),
+            wanted="5",
+            measured=f"{healthy:.1f}",
+            met=healthy <= 5,
+            by_set=flagged,
+        ),
+        Row(
+            **common,
+            case="+1 % from half way found within 5 %: mean of sets",
+            count=sum(one.tried for one in scored.values()),
+            wanted="90",
+            measured=f"{seen:.1f}",
+            met=seen >= 90,
+            by_set=found,
+        ),
+    ]
 
 
 def _cross_validate(

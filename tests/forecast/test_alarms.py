@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from jaxmoe.forecast.alarm_benchmark import Curve, earlier, score_alarms
+from jaxmoe.forecast.alarm_benchmark import earlier, score_alarms
 from jaxmoe.forecast.alarms import Band, Prior, ShiftWatch, SpikeWatch, beside, look_at, prior_of
+from jaxmoe.forecast.benchmark_data import Curve
 from jaxmoe.forecast.curve import Floats
 from jaxmoe.forecast.hook_api import PathPoint
 
@@ -170,7 +171,17 @@ def test_every_kind_says_where_to_look() -> None:
 
 def a_run(name: str, steps: Floats) -> Curve:
     loss = curve(int(name), steps=steps)
-    return Curve(set="a", family="f", run=name, step=steps, share=steps / steps[-1], loss=loss)
+    share, rate = steps / steps[-1], np.ones(len(steps))
+    return Curve(
+        set="a",
+        family="f",
+        name=name,
+        params_active=1.0,
+        step=steps,
+        share=share,
+        rate=rate,
+        loss=loss,
+    )
 
 
 def test_the_benchmark_counts_what_it_says() -> None:
@@ -181,4 +192,4 @@ def test_the_benchmark_counts_what_it_says() -> None:
     scored = score_alarms(curves, earlier(curves, frozenset()), done=lambda: told.append(1))["a"]
     assert (scored.runs, scored.tried, scored.found, scored.flagged) == (3, 2, 1.0, 0.0)
     assert len(told) == 3
-    assert [c.run for c in earlier(curves, frozenset("a"))(curves[2])] == ["0", "1"]
+    assert [c.name for c in earlier(curves, frozenset("a"))(curves[2])] == ["0", "1"]
