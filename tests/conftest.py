@@ -1,7 +1,9 @@
 """Eight emulated CPU devices in this process, and the strict settings all tests run under."""
 
+import gc
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -18,6 +20,16 @@ jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 # Halves a cold compile; what is tested are values, not speed.
 jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs() -> Iterator[None]:
+    """Each compiled program takes a hundred memory maps or more, of which Linux allows a process
+    65,530 (vm.max_map_count); with more XLA dies of a segmentation fault. A worker that had run
+    most of the suite got there."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
