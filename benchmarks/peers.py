@@ -124,7 +124,8 @@ def peers(args: argparse.Namespace) -> list[Peer]:
             f"peers.py: {' and '.join(missing)} not installed: pip install -e '.[parity]', or leave"
             " it out with --no-transformers"
         )
-    found = [Peer("jaxmoe", "jaxmoe", sys.executable, ("as it is",))]
+    # As for the others: what the backward pass needs is kept as far as it pays (model.remat).
+    found = [Peer("jaxmoe", "jaxmoe", sys.executable, ("matmuls",))]
     if not args.no_transformers:
         ways = ("eager", "grouped_mm", *(["grouped_mm+compile"] if args.compile else []))
         found.append(Peer("transformers", "transformers", sys.executable, ways))

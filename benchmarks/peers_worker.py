@@ -77,9 +77,10 @@ def jaxmoe(spec: Spec, meter: Meter) -> None:
     import step
 
     from jaxmoe import mesh as mesh_lib
+    from jaxmoe.config import apply_sets
     from jaxmoe.run.step import Batch
 
-    config = step.shapes()[spec["shape"]]
+    config = apply_sets(step.shapes()[spec["shape"]], [f"model.remat={spec['variant']}"])
     mesh = mesh_lib.build(config.mesh)
     with jax.set_mesh(mesh):
         row = step.build(config)

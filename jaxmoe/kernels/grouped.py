@@ -7,15 +7,24 @@ the cache (LOG.md, 2026-11-22). No collective may be in the function: trip count
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 Array = jax.Array
-# (packed parameters of one group, rows [r, D], weights [r]) -> rows [r, D]
-Rowwise = Callable[[Any, Array, Array], Array]
 Pack = Callable[[Any], Any]
+
+
+class Rowwise(NamedTuple):
+    """A function that works on each row by itself, in two steps: between them are the hidden rows,
+    which the backward pass computes again or finds kept."""
+
+    # (packed parameters of one group, [r, D]) -> [r, X]; linear, or keeping saves nothing
+    into: Callable[[Any, Array], Array]
+    # (parameters, [r, X], weights [r]) -> [r, D]
+    out: Callable[[Any, Array, Array], Array]
+
 
 # Rows at a time, and at the ragged end of a segment, where half a block would be wasted on average.
 # 4,096 tokens over 8 experts top-2 (width 256, ff 512), the same (128, 128) and 64 top-8 (256,
@@ -46,11 +55,13 @@ def grouped(
     starts_eg: Array,
     lengths_eg: Array,
     pack: Pack = as_it_is,
-) -> Array:
-    """y_SD: f over the segments; rows outside of them are undefined.
+    *,
+    keep: bool = False,
+) -> tuple[Array, Array | None]:
+    """y_SD: f over the segments; and, if they are to be kept, the hidden rows [S, X]. Rows outside
+    of the segments are undefined.
 
     Args:
-        f: works on each row by itself.
         w: parameters, groups on the leading dim e of every leaf.
         x_SD, weights_S: rows, and a number for each.
         starts_eg, lengths_eg: int32 segments of each group, rising over (e, g).
@@ -61,18 +72,22 @@ def grouped(
     # to later segments, which overwrite it, or to none.
     x_sD, weights_s = _padded(x_SD, block), _padded(weights_S, block)
 
-    def group(y_sD: Array, inputs: Any) -> tuple[Array, None]:
+    def group(carry: Any, inputs: Any) -> tuple[Any, None]:
         own, starts_g, lengths_g = inputs
         packed = pack(own)
 
-        def step(at: Array, _: Array, n: int, y_sD: Array) -> Array:
-            rows = f(packed, _rows(x_sD, at, n), _rows(weights_s, at, n))
-            return _put(y_sD, rows, at)
+        def step(at: Array, _: Array, n: int, state: Any) -> Any:
+            y_sD, kept_sX = state
+            hidden_rX = f.into(packed, _rows(x_sD, at, n))
+            y_rD = f.out(packed, hidden_rX, _rows(weights_s, at, n))
+            kept_sX = _put(kept_sX, hidden_rX, at) if keep else None
+            return _put(y_sD, y_rD, at), kept_sX
 
-        return _walk(step, starts_g, lengths_g, block, y_sD), None
+        return _walk(step, starts_g, lengths_g, block, carry), None
 
-    y_sD, _ = jax.lax.scan(group, jnp.zeros_like(x_sD), (w, starts_eg, lengths_eg))
-    return y_sD[: len(x_SD)]
+    begin = jnp.zeros_like(x_sD), _no_hidden(f, w, x_sD, pack) if keep else None
+    (y_sD, kept_sX), _ = jax.lax.scan(group, begin, (w, starts_eg, lengths_eg))
+    return y_sD[: len(x_SD)], None if kept_sX is None else kept_sX[: len(x_SD)]
 
 
 def grouped_gradients(
@@ -84,12 +99,14 @@ def grouped_gradients(
     lengths_eg: Array,
     dy_SD: Array,
     pack: Pack = as_it_is,
+    kept_SX: Array | None = None,
 ) -> tuple[Any, Array, Array]:
-    """dw, dx_SD, dweights_S of `grouped`; f is computed once more, block by block. Sums over rows
-    are float32."""
+    """dw, dx_SD, dweights_S of `grouped`; hidden rows that were not kept are computed once more,
+    block by block. Sums over rows are float32."""
     block = _block(len(x_SD), len(lengths_eg))
     x_sD, weights_s = _padded(x_SD, block), _padded(weights_S, block)
     dy_sD = _padded(dy_SD, block)
+    kept_sX = None if kept_SX is None else _padded(kept_SX, block)
 
     def group(carry: Any, inputs: Any) -> tuple[Any, Any]:
         own, starts_g, lengths_g = inputs
@@ -99,8 +116,13 @@ def grouped_gradients(
             dw, dx_sD, dweights_s = state
             inside_r = at + jnp.arange(n) < end
             dy_rD = jnp.where(inside_r[:, None], _rows(dy_sD, at, n), 0)
-            _, pull = jax.vjp(f, packed, _rows(x_sD, at, n), _rows(weights_s, at, n))
-            dw_block, dx_rD, dweights_r = pull(dy_rD)
+            hidden_rX, pull_into = jax.vjp(f.into, packed, _rows(x_sD, at, n))
+            if kept_sX is not None:
+                hidden_rX = _rows(kept_sX, at, n)  # and nobody reads what `into` gives
+            _, pull_out = jax.vjp(f.out, packed, hidden_rX, _rows(weights_s, at, n))
+            dw_out, dhidden_rX, dweights_r = pull_out(dy_rD)
+            dw_into, dx_rD = pull_into(dhidden_rX)
+            dw_block = jax.tree.map(jnp.add, dw_into, dw_out)
             dw = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), dw, dw_block)
             return dw, _put(dx_sD, dx_rD, at), _put(dweights_s, dweights_r, at)
 
@@ -112,6 +134,11 @@ def grouped_gradients(
     begin = (jnp.zeros_like(x_sD), jnp.zeros_like(weights_s))
     (dx_sD, dweights_s), dw = jax.lax.scan(group, begin, (w, starts_eg, lengths_eg))
     return dw, dx_sD[: len(x_SD)], dweights_s[: len(x_SD)]
+
+
+def _no_hidden(f: Rowwise, w: Any, x_sD: Array, pack: Pack) -> Array:
+    first = jax.tree.map(lambda a: a[0], w)
+    return jnp.zeros_like(jax.eval_shape(lambda w, x: f.into(pack(w), x), first, x_sD))
 
 
 def _block(rows: int, groups: int) -> int:

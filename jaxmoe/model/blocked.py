@@ -1,7 +1,7 @@
 """Experts over blocks of sorted rows (kernels/grouped.py): the portable way, and the one for CPU.
 
-Only what an exchange has filled of its buffer is computed. The backward pass computes the hidden
-rows again, block by block.
+Only what an exchange has filled of its buffer is computed. The backward pass computes hidden rows
+that were not kept again, block by block.
 """
 
 from functools import partial
@@ -13,25 +13,34 @@ from flax import struct
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.kernels.exchange import Exchange
-from jaxmoe.kernels.grouped import grouped, grouped_gradients, held
+from jaxmoe.kernels.grouped import Rowwise, grouped, grouped_gradients, held
 from jaxmoe.kernels.low_precision import einsum
 from jaxmoe.model.ffn import activate
 
 Array = jax.Array
 
 
-def compute(cfg: ModelConfig, sent: Exchange, w: Any, x_SD: Array, weights_S: Array) -> Array:
-    """y_SD: this `model` shard's part of weight * expert(x), for the rows of the exchange."""
-    f = partial(_one_expert, cfg)
-    return grouped(f, w, x_SD, weights_S, sent.starts_eg, sent.lengths_eg, pack=_pack)
+def compute(
+    cfg: ModelConfig, sent: Exchange, w: Any, x_SD: Array, weights_S: Array, *, keep: bool
+) -> tuple[Array, Array | None]:
+    """y_SD: this `model` shard's part of weight * expert(x), for the rows of the exchange; and the
+    hidden rows, gate and up side by side, if they are to be kept."""
+    inputs = w, x_SD, weights_S, sent.starts_eg, sent.lengths_eg
+    return grouped(_one_expert(cfg), *inputs, pack=_pack, keep=keep)
 
 
 def gradients(
-    cfg: ModelConfig, sent: Exchange, w: Any, x_SD: Array, weights_S: Array, dy_SD: Array
+    cfg: ModelConfig,
+    sent: Exchange,
+    w: Any,
+    x_SD: Array,
+    weights_S: Array,
+    dy_SD: Array,
+    kept_SX: Array | None,
 ) -> tuple[Any, Array, Array]:
     """dw, dx_SD, dweights_S of `compute`."""
-    f, segments = partial(_one_expert, cfg), (sent.starts_eg, sent.lengths_eg)
-    return grouped_gradients(f, w, x_SD, weights_S, *segments, dy_SD, pack=_pack)
+    inputs = w, x_SD, weights_S, sent.starts_eg, sent.lengths_eg, dy_SD
+    return grouped_gradients(_one_expert(cfg), *inputs, pack=_pack, kept_SX=kept_SX)
 
 
 @struct.dataclass
@@ -56,14 +65,20 @@ def _pack(w: Any) -> _Packed:
     )
 
 
-def _one_expert(cfg: ModelConfig, w: _Packed, x_rD: Array, weights_r: Array) -> Array:
-    """This `model` shard's part of weight * expert(x)."""
+def _one_expert(cfg: ModelConfig) -> Rowwise:
+    return Rowwise(into=partial(_into, cfg), out=partial(_out, cfg))
+
+
+def _into(cfg: ModelConfig, w: _Packed, x_rD: Array) -> Array:
     into_rX = held(einsum("rD,DX->rX", x_rD, w.winto_DX, cfg.matmul))
-    if w.binto_X is not None:
-        into_rX += w.binto_X[None]
+    return into_rX if w.binto_X is None else into_rX + w.binto_X[None]
+
+
+def _out(cfg: ModelConfig, w: _Packed, into_rX: Array, weights_r: Array) -> Array:
+    """This `model` shard's part of weight * expert(x)."""
     gate_rf, up_rf = jnp.split(into_rX, 2, axis=1)
     hidden_rf = activate(gate_rf, up_rf, cfg).astype(jnp.float32) * weights_r[:, None]
-    y_rD = einsum("rF,FD->rD", held(hidden_rf.astype(x_rD.dtype)), w.wdown_FD, cfg.matmul)
+    y_rD = einsum("rF,FD->rD", held(hidden_rf.astype(into_rX.dtype)), w.wdown_FD, cfg.matmul)
     if w.bdown_D is not None:
         first = jax.lax.axis_index("model") == 0
         bias_rD = jnp.where(first, w.bdown_D, 0)[None].astype(jnp.float32) * weights_r[:, None]

@@ -5,7 +5,8 @@ In a step the rows of a shard travel over the `expert` axis to the devices that 
 run time among a few compiled ones by the largest load anywhere; where the last does not suffice it
 is filled as often as it takes, so no token is ever dropped, no shape depends on the data and memory
 is bounded. The VJP is our own: it keeps the inputs and the order of the choices and switches again,
-since differentiating a switch would keep the residuals of every branch.
+since differentiating a switch would keep the residuals of every branch. Where there is nothing to
+switch, on one shard of experts, it keeps the hidden rows too, if `model.remat` says so.
 """
 
 import math
@@ -32,10 +33,11 @@ from jaxmoe.mesh import (
     vary,
     vary_alike,
     varying,
+    ways,
 )
 from jaxmoe.model import blocked, sorted_experts
 from jaxmoe.model.ffn import activate, ffn, ffn_specs
-from jaxmoe.model.remat import CHOICE, named
+from jaxmoe.model.remat import CHOICE, HIDDEN, keeps_hidden, named
 from jaxmoe.model.router import Router, RouterSums, route, router_specs
 from jaxmoe.spec import Spec, map_specs
 
@@ -126,6 +128,11 @@ def _row_specs(x_BLD: Array) -> tuple[P, dispatch.Order]:
     return P(batch(), over, None), ordered
 
 
+def _hidden_spec() -> P:
+    """Of hidden rows, in the order of a shard's buffer, with its part of F."""
+    return P((*batch(), "context", "model"))
+
+
 def _is_stream(x_BLD: Array) -> bool:
     return "model" in (jax.typeof(x_BLD).sharding.spec[1] or ())
 
@@ -135,29 +142,37 @@ def _apply_experts(
 ) -> tuple[Array, Array]:
     """sum_a weight_a * expert_a(x) for every token; and 1.0 where the first size of the buffers
     did not suffice, 0.0 elsewhere. Differentiable in x, the combine weights and w."""
-    return _experts_fwd(cfg, x_BLD, weights_BLA, ids_BLA, w)[0]
+    return _run(cfg, x_BLD, weights_BLA, ids_BLA, w, keep=False)[0]
 
 
 def _experts_fwd(
     cfg: ModelConfig, x_BLD: Array, weights_BLA: Array, ids_BLA: Array, w: Experts
 ) -> tuple[tuple[Array, Array], Any]:
+    keep = keeps_hidden(cfg) and path_of(cfg) != "batched" and ways(("expert",)) == 1
+    return _run(cfg, x_BLD, weights_BLA, ids_BLA, w, keep=keep)
+
+
+def _run(
+    cfg: ModelConfig, x_BLD: Array, weights_BLA: Array, ids_BLA: Array, w: Experts, *, keep: bool
+) -> tuple[tuple[Array, Array], Any]:
+    """What the experts give, and what the backward pass reads."""
     rows, ordered = _row_specs(x_BLD)
     order = jax.shard_map(partial(_order, cfg), in_specs=rows, out_specs=ordered)(ids_BLA)
     order = named(order, CHOICE)  # a sort of small numbers, not to be done again
     mapped: Any = jax.shard_map(
-        partial(_forward, cfg),
+        partial(_forward, cfg, keep),
         in_specs=(rows, rows, rows, ordered, _weights_spec(cfg)),
-        out_specs=(rows, P()),
+        out_specs=((rows, P()), _hidden_spec()),
     )
-    out = mapped(x_BLD, weights_BLA, ids_BLA, order, w)
-    return out, (x_BLD, weights_BLA, ids_BLA, order, w)
+    out, kept = mapped(x_BLD, weights_BLA, ids_BLA, order, w)
+    return out, (x_BLD, weights_BLA, ids_BLA, order, w, named(kept, HIDDEN))
 
 
 def _experts_bwd(cfg: ModelConfig, residuals: Any, cts: Any) -> tuple[Any, ...]:
     rows, ordered = _row_specs(residuals[0])
     mapped: Any = jax.shard_map(
         partial(_backward, cfg),
-        in_specs=(rows, rows, rows, ordered, _weights_spec(cfg), rows),
+        in_specs=(rows, rows, rows, ordered, _weights_spec(cfg), _hidden_spec(), rows),
         out_specs=(rows, rows, _weights_spec(cfg)),
     )
     dx_BLD, dweights_BLA, dw = mapped(*residuals, cts[0])
@@ -230,20 +245,26 @@ def _summed(dw: Experts, x_tD: Array) -> Experts:
 
 
 def _forward(
-    cfg: ModelConfig, x_blD: Array, weights: Array, ids: Array, order: dispatch.Order, w: Experts
-) -> tuple[Array, Array]:
+    cfg: ModelConfig,
+    keep: bool,
+    x_blD: Array,
+    weights: Array,
+    ids: Array,
+    order: dispatch.Order,
+    w: Experts,
+) -> tuple[tuple[Array, Array], Any]:
     x_tD, weights_tA, ids_tA = (_flat(a) for a in (x_blD, weights, ids))
     w = _gathered(w, x_tD)
 
-    def run(kind: str, size: int, first: Array | None = None) -> Array:
+    def run(kind: str, size: int, first: Array | None = None) -> Any:
         if path_of(cfg) == "batched":
             plan = dispatch.slot_plan(order, ids_tA, size, 0 if first is None else first)
-            return _batched(cfg, size, x_tD, weights_tA, w, plan)
+            return _batched(cfg, size, x_tD, weights_tA, w, plan), None
         sent = exchange.open_exchange(kind, order, ids_tA, size, first)
-        return _through(cfg, sent, x_tD, weights_tA, w)
+        return _through(cfg, sent, x_tD, weights_tA, w, keep=keep)
 
-    y_tD, overflow = _switch(cfg, order, run, like=x_tD)
-    return y_tD.reshape(x_blD.shape), overflow
+    (y_tD, kept), overflow = _switch(cfg, order, run, like=(x_tD, None))
+    return (y_tD.reshape(x_blD.shape), overflow), kept
 
 
 def _backward(
@@ -253,6 +274,7 @@ def _backward(
     ids: Array,
     order: dispatch.Order,
     w: Experts,
+    kept: Any,
     dy_blD: Array,
 ) -> tuple[Array, Array, Experts]:
     x_tD, weights_tA, ids_tA, dy_tD = (_flat(a) for a in (x_blD, weights, ids, dy_blD))
@@ -266,7 +288,7 @@ def _backward(
             )
             return pull(dy_tD)
         sent = exchange.open_exchange(kind, order, ids_tA, size, first)
-        return _through_backward(cfg, sent, x_tD, weights_tA, w, dy_tD)
+        return _through_backward(cfg, sent, x_tD, weights_tA, w, dy_tD, kept)
 
     like = x_tD, weights_tA, w
     (dx_tD, dweights_tA, dw), _ = _switch(cfg, order, run, like)
@@ -318,12 +340,19 @@ _ENGINES: Mapping[str, Any] = {"blocked": blocked, "kernel": sorted_experts}
 
 
 def _through(
-    cfg: ModelConfig, sent: exchange.Exchange, x_tD: Array, weights_tA: Array, w: Experts
-) -> Array:
-    """One shard's output: its rows to their experts, through them and back."""
+    cfg: ModelConfig,
+    sent: exchange.Exchange,
+    x_tD: Array,
+    weights_tA: Array,
+    w: Experts,
+    *,
+    keep: bool,
+) -> tuple[Array, Any]:
+    """One shard's output: its rows to their experts, through them and back; and their hidden rows
+    if they are to be kept."""
     x_SD, weights_S = _varying(sent.rows(x_tD), sent.weights(weights_tA))
-    y_SD = _ENGINES[path_of(cfg)].compute(cfg, sent, w, x_SD, weights_S)
-    return dispatch.completed(sent.sum_back(y_SD), exchange.is_spread(x_tD))
+    y_SD, kept = _ENGINES[path_of(cfg)].compute(cfg, sent, w, x_SD, weights_S, keep=keep)
+    return dispatch.completed(sent.sum_back(y_SD), exchange.is_spread(x_tD)), kept
 
 
 def _through_backward(
@@ -333,11 +362,12 @@ def _through_backward(
     weights_tA: Array,
     w: Experts,
     dy_tD: Array,
+    kept: Any,
 ) -> tuple[Array, Array, Experts]:
     """Gradients of x, the combine weights and, from this shard's rows, the experts' parameters."""
     x_SD, weights_S, dy_SD = _varying(sent.rows(x_tD), sent.weights(weights_tA), sent.rows(dy_tD))
     gradients = _ENGINES[path_of(cfg)].gradients
-    dw, dx_SD, dweights_S = gradients(cfg, sent, w, x_SD, weights_S, dy_SD)
+    dw, dx_SD, dweights_S = gradients(cfg, sent, w, x_SD, weights_S, dy_SD, kept)
     spread = exchange.is_spread(x_tD)
     dx_tD = dispatch.completed(sent.sum_back(dx_SD), spread)
     dweights_tA = dispatch.completed(sent.weights_back(dweights_S), spread)

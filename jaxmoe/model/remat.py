@@ -2,16 +2,17 @@
 
     none       everything that autodiff wants
     matmuls    outputs of matmuls that the backward pass needs: queries, keys and values, gate and
-               up of dense and shared feed-forwards; elementwise work is done again
+               up of feed-forwards and experts; elementwise work is done again
     attention  queries, keys and values; feed-forwards are computed again
     full       inputs of the two halves of a layer
     offload    the same as full, but in the host's memory: on the devices there is one layer at a
                time
 
 All but none also keep attention's outputs and log-sum-exps: as large as an input, and dear to
-compute again (cuDNN's are not named, and are). Hidden rows of experts are kept by none (moe.py);
-gathered weights and the router's float32 arrays by `none` alone; which experts a row goes to and
-the order of the rows by all: they are small.
+compute again (cuDNN's are not named, and are). Where the `expert` axis has more than one shard, the
+hidden rows of experts are kept by no policy (moe.py); gathered weights and the router's float32
+arrays by `none` alone; which experts a row goes to and the order of the rows by all: they are
+small.
 """
 
 from collections.abc import Callable
@@ -39,6 +40,11 @@ def rematerialised(f: Callable[..., Any], cfg: ModelConfig) -> Callable[..., Any
     return jax.checkpoint(
         f, policy=jax.checkpoint_policies.save_only_these_names(*POLICIES[cfg.remat])
     )
+
+
+def keeps_hidden(cfg: ModelConfig) -> bool:
+    """Whether gate and up are there in the backward pass."""
+    return cfg.remat == "none" or HIDDEN in POLICIES.get(cfg.remat, ())
 
 
 def offloaded(f: Callable[..., Any], cfg: ModelConfig) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ from jaxmoe import tree
 from jaxmoe.config import Config
 from jaxmoe.model.cost import Cost, cost
 from jaxmoe.model.lm import lm_specs
+from jaxmoe.model.remat import keeps_hidden
 from jaxmoe.plan.hardware import Hardware
 from jaxmoe.plan.memory import Memory, microbatches
 from jaxmoe.plan.traffic import Flow, flows
@@ -162,12 +163,13 @@ def chip_peak(config: Config, chip: Hardware) -> float:
 def recomputed(config: Config, counted: Cost) -> float:
     """FLOPs computed again in the backward pass, over model FLOPs.
 
-    Experts always compute gate and up again (model/blocked.py, model/sorted_experts.py), and
-    attention its scores (one of its six products more); with model.remat=full also all of a layer
-    but its last matmul of each half, whose result is not needed. A pipeline computes each of its
-    items once more (model/pipeline.py).
+    Experts compute gate and up again where they are not kept (model/moe.py), and attention its
+    scores (one of its six products more); with model.remat=full also all of a layer but its last
+    matmul of each half, whose result is not needed. A pipeline computes each of its items once more
+    (model/pipeline.py).
     """
     m = config.model
+    kept = keeps_hidden(m) and config.mesh.expert == 1
     again, in_stages = 0.0, 0.0
     for name, spec in tree.named_leaves(lm_specs(m), is_leaf=is_spec):
         leaf = name.rsplit("/", 1)[-1]
@@ -176,7 +178,7 @@ def recomputed(config: Config, counted: Cost) -> float:
         if not spec.inputs or leaf.startswith(("wo_", "wdown_", "head_")):
             continue
         experts = "experts" in spec.axes
-        if experts or m.remat == "full":
+        if (experts and not kept) or m.remat == "full":
             again += 2 * spec.size * (m.top_k / m.n_experts if experts else 1)
     attention = counted.flops_per_sequence - 6 * counted.params_active * config.train.seq_len
     again = again * config.train.seq_len + max(0, attention) / 6

@@ -1,5 +1,6 @@
 """Loops over blocks of rows equal each group's own plain computation: values and all gradients."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from reference import assert_close
 
-from jaxmoe.kernels.grouped import BLOCK, grouped, grouped_gradients
+from jaxmoe.kernels.grouped import BLOCK, Rowwise, grouped, grouped_gradients
 
 D, F = 6, 10
 
@@ -16,6 +17,11 @@ D, F = 6, 10
 def f(w: Any, x: jax.Array, weights: jax.Array) -> jax.Array:
     into, out = w
     return (jnp.tanh(x @ into) * weights[:, None]) @ out
+
+
+HALVES = Rowwise(
+    into=lambda w, x: x @ w[0], out=lambda w, h, weights: (jnp.tanh(h) * weights[:, None]) @ w[1]
+)
 
 
 def draw(seed: int, *shape: int) -> np.ndarray:
@@ -60,16 +66,16 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("keep", [False, True], ids=["again", "kept"])
 @pytest.mark.parametrize("name", CASES)
-def test_equals_each_group_alone(name: str) -> None:
+def test_equals_each_group_alone(name: str, keep: bool) -> None:
     w, x, weights, starts, lengths, dy = CASES[name]
     inside = np.zeros(len(x), bool)
     for start, length in zip(starts.ravel(), lengths.ravel(), strict=True):
         inside[start : start + length] = True
-    y = jax.jit(grouped, static_argnums=0)(f, w, x, weights, starts, lengths)
-    dw, dx, dweights = jax.jit(grouped_gradients, static_argnums=0)(
-        f, w, x, weights, starts, lengths, dy
-    )
+    inputs = w, x, weights, starts, lengths
+    y, kept = jax.jit(partial(grouped, HALVES, keep=keep))(*inputs)
+    dw, dx, dweights = jax.jit(partial(grouped_gradients, HALVES))(*inputs, dy, kept_SX=kept)
     wanted = plainly(w, x, weights, starts, lengths, dy)
     got = (y, dw, dx, dweights)
     for part, ours, plain in zip(("y", "dw", "dx", "dweights"), got, wanted, strict=True):
@@ -78,11 +84,25 @@ def test_equals_each_group_alone(name: str) -> None:
             assert_close(a, b, name=part)
 
 
+def test_kept_rows_are_read_and_not_made_again() -> None:
+    """Other hidden rows, other gradients; and a matmul less in the compiled loop."""
+    w, x, weights, starts, lengths, dy = CASES["ragged"]
+    backward = jax.jit(partial(grouped_gradients, HALVES))
+    inputs = w, x, weights, starts, lengths, dy
+    _, kept = grouped(HALVES, *inputs[:-1], keep=True)
+    assert kept is not None
+    _, _, of_none = backward(*inputs, kept_SX=0 * kept)
+    np.testing.assert_array_equal(of_none, 0)
+    texts = [str(backward.lower(*inputs, kept_SX=k).compile().as_text()) for k in (None, kept)]
+    again, read = (text.count(" dot(") + text.count("custom-call(") for text in texts)
+    assert again > read > 0
+
+
 def test_bfloat16_adds_up_gradients_in_float32() -> None:
     """4,096 rows whose gradients are all equal: a bfloat16 sum would stop growing at 256."""
     w = (jnp.ones((1, 1, 1), jnp.bfloat16),)
     x, ones = jnp.ones((4096, 1), jnp.bfloat16), jnp.ones(4096, jnp.float32)
     starts, lengths = jnp.zeros((1, 1), jnp.int32), jnp.full((1, 1), 4096, jnp.int32)
-    linear = lambda w, x, _: x @ w[0]  # noqa: E731
+    linear = Rowwise(into=lambda w, x: x @ w[0], out=lambda w, h, _: h)
     dw, dx, _ = grouped_gradients(linear, w, x, ones, starts, lengths, x)
     assert float(dw[0][0, 0, 0]) == 4096 and dw[0].dtype == dx.dtype == jnp.bfloat16

@@ -227,7 +227,7 @@ STEP = "lm_loss attention _attend _matmuls rope make_turns _forward look_up posi
 EXPERTS = "route _switch make_order"
 SHARDED = "context_attention ring_attention look gradients"
 BATCHED = "_batched _ffn to_experts from_experts _from_slots_bwd _to_slots_bwd slot_plan"
-BLOCKED = "_through _through_backward grouped grouped_gradients _one_expert _pack sum_of_slots"
+BLOCKED = "_through _through_backward grouped grouped_gradients _into _out _pack sum_of_slots"
 BLOCKED += " packed_places"
 SEEN = {
     "uniform": f"{EXPERTS} {BATCHED} _grouped_qkv _summed moe causal_attention",

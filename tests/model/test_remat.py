@@ -55,11 +55,12 @@ def placed(mesh: Any) -> tuple[Any, Any]:
 
 
 @functools.cache
-def gradients(policy: str, **axes: int) -> Any:
+def gradients(policy: str, path: Any = "auto", **axes: int) -> Any:
     mesh = on(**axes)
+    model = replace(MODEL, remat=policy, expert_path=path)
     with jax.set_mesh(mesh):
         step = jax.jit(jax.value_and_grad(loss), static_argnums=2)
-        return jax.tree.map(np.asarray, step(*placed(mesh), replace(MODEL, remat=policy)))
+        return jax.tree.map(np.asarray, step(*placed(mesh), model))
 
 
 def residuals(policy: str, dtype: Any = "float32") -> list[Any]:
@@ -84,6 +85,17 @@ def test_no_policy_changes_a_number(policy: str) -> None:
         assert_close(leaf, theirs[name], 2e-6, name)
 
 
+@pytest.mark.parametrize("path", ["blocked", "kernel"])
+def test_kept_hidden_rows_of_experts_on_a_mesh(path: str) -> None:
+    """Without an `expert` axis, where they are kept by a shard of the batch, of L and of F."""
+    axes = {"data": 2, "context": 2, "model": 2}
+    (value, grads), (wanted, of_none) = gradients("matmuls", path, **axes), gradients("none")
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+    theirs = dict(tree.named_leaves(of_none))
+    for name, leaf in tree.named_leaves(grads):
+        assert_close(leaf, theirs[name], 1e-5, name)
+
+
 def test_offloading_gives_the_same_on_a_mesh() -> None:
     """Attention's outputs are named, and sent to the host, inside of a shard_map."""
     (value, grads), (wanted, of_none) = gradients("offload", **MESH), gradients("none")
@@ -94,12 +106,12 @@ def test_offloading_gives_the_same_on_a_mesh() -> None:
 
 
 def test_each_policy_keeps_what_it_names() -> None:
-    """Float32 bytes of all layers: queries, keys and values; then gate and up of the dense layer
-    and of three shared experts."""
+    """Float32 bytes of all layers: queries, keys and values; then gate and up of the dense layer,
+    of three shared experts, and of three times the experts that a token goes to."""
     sizes = {policy: bytes_of(residuals(policy)) for policy in POLICIES}
     rows, m = 4 * B * L, MODEL
     qkv = rows * m.n_layers * (m.n_heads + 2 * m.n_kv_heads) * m.d_head
-    hidden = rows * 2 * (m.d_ff_dense + 3 * m.d_ff)
+    hidden = rows * 2 * (m.d_ff_dense + 3 * m.d_ff + 3 * m.top_k * m.d_ff)
     assert sizes["attention"] - sizes["full"] == qkv
     assert sizes["matmuls"] - sizes["attention"] == hidden
     assert sizes["none"] > sizes["matmuls"]

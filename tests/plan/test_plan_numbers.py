@@ -173,15 +173,17 @@ def test_an_axis_lies_on_the_link_that_its_devices_share() -> None:
 
 
 def test_recomputation_counted_by_hand() -> None:
-    """Experts' gate and up once more, 2 of 3 matmuls for 2 of 4 experts; attention's scores."""
-    counted = cost(MODEL, 4)
+    """Attention's scores; on an `expert` axis also experts' gate and up, 2 of 3 matmuls for 2 of 4
+    experts; and under "full" that wherever they are, and the rest of a layer."""
+    counted, train = cost(MODEL, 4), TrainConfig(seq_len=4)
     attention = counted.flops_per_sequence - 6 * counted.params_active * 4
     experts = 2 * 4 * EXPERTS * 2 / 3 * 2 / 4
-    assert recomputed(Config(model=MODEL, train=TrainConfig(seq_len=4)), counted) == pytest.approx(
-        (experts + attention / 6) / counted.flops_per_sequence
-    )
+    kept = recomputed(Config(model=MODEL, train=train), counted)
+    assert kept == pytest.approx(attention / 6 / counted.flops_per_sequence)
+    spread = recomputed(Config(model=MODEL, train=train, mesh=MeshConfig(expert=2)), counted)
+    assert spread == pytest.approx((experts + attention / 6) / counted.flops_per_sequence)
     full = replace(MODEL, remat="full")
-    more = recomputed(Config(model=full, train=TrainConfig(seq_len=4)), cost(full, 4))
+    more = recomputed(Config(model=full, train=train), cost(full, 4))
     layer = 2 * 4 * (8 * (12 + 6 + 6) + ROUTER)
     assert more == pytest.approx((experts + layer + attention / 6) / counted.flops_per_sequence)
 
