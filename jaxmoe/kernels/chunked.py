@@ -118,18 +118,28 @@ def _scores(
 ) -> Array:
     """float32 scores_ZlGm, capped; HIDDEN where a key is not seen."""
     scores_ZlGm = _matmul("ZqH,ZmH->Zqm", q_ZLGH[:, rows], k_ZMH[:, keys])
+    # Without the barrier JAX takes the mask out of the loop over layers, as large as the scores: it
+    # would be kept for all of the forward pass, and read again in every layer.
+    scores_ZlGm, limits_zlm = jax.lax.optimization_barrier(
+        (scores_ZlGm, _limits(mask, documents_ZL, rows, keys))
+    )
     if mask.soft_cap is not None:
         scores_ZlGm = mask.soft_cap * jnp.tanh(scores_ZlGm / mask.soft_cap)
+    return jnp.minimum(scores_ZlGm, limits_zlm[:, :, None])
+
+
+def _limits(mask: Mask, documents_ZL: Any, rows: slice, keys: slice) -> Array:
+    """float32 [z, l, m], z = 1 or Z: what a score may be at most."""
     at_l, at_m = (jnp.arange(s.start, s.stop) for s in (rows, keys))
     distance_lm = at_l[:, None] - at_m[None, :]
     visible_lm = distance_lm >= 0
     if mask.window is not None:
         visible_lm &= distance_lm < mask.window
-    visible_zlm = visible_lm[None]  # z = 1 or Z
+    visible_zlm = visible_lm[None]
     if documents_ZL is not None:
         same_Zlm = documents_ZL[:, rows, None] == documents_ZL[:, None, keys]
         visible_zlm = visible_zlm & same_Zlm
-    return jnp.where(visible_zlm[:, :, None], scores_ZlGm, HIDDEN)
+    return jnp.where(visible_zlm, jnp.float32(jnp.inf), HIDDEN)
 
 
 def _matmul(equation: str, a: Array, b: Array) -> Array:

@@ -7,6 +7,7 @@ matmuls, sorts, gathers, kernels and collectives have one; loops keep stacked re
 whole length and what one iteration needs at its highest; a branch needs what its largest needs.
 """
 
+import heapq
 import itertools
 import math
 from collections import Counter, defaultdict
@@ -34,6 +35,7 @@ REDUCED = frozenset(
     " cummax".split()
 )
 IN_PLACE = frozenset("dynamic_update_slice scatter scatter-add scatter_add".split())
+LOOPS = frozenset("scan while cond".split())
 # The jaxpr of a called function, by the name of the parameter that has it.
 CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 HALF = 0.5
@@ -393,14 +395,27 @@ def _needed(nodes: list[_Node], results: list[int | None]) -> list[_Node]:
 
 
 def _as_soon_as_possible(nodes: list[_Node]) -> list[_Node]:
-    depth: dict[int, int] = {}
-    levels = []
-    for node in nodes:
-        level = 1 + max((depth.get(i, 0) for i in node.ins if i is not None), default=0)
-        depth.update((o, level) for o in node.outs)
-        levels.append(level)
-    order = sorted(range(len(nodes)), key=lambda n: levels[n])
-    return [nodes[n] for n in order]
+    """By depth, as XLA's scheduler for CPU has them, which wants much to run side by side; loops
+    and branches when nothing else is ready."""
+    maker = {o: number for number, node in enumerate(nodes) for o in node.outs}
+    needs = [{maker[i] for i in node.ins if i in maker} for node in nodes]
+    readers: list[list[int]] = [[] for _ in nodes]
+    ranks = []
+    for number, node in enumerate(nodes):
+        depth = 1 + max((ranks[n][1] for n in needs[number]), default=0)
+        ranks.append((node.eqn.primitive.name in LOOPS, depth, number))
+        for n in needs[number]:
+            readers[n].append(number)
+    ready, order = [rank for rank in ranks if not needs[rank[2]]], []
+    heapq.heapify(ready)
+    while ready:
+        _, _, number = heapq.heappop(ready)
+        order.append(nodes[number])
+        for n in readers[number]:
+            needs[n].remove(number)
+            if not needs[n]:
+                heapq.heappush(ready, ranks[n])
+    return order
 
 
 def _last_uses(nodes: list[_Node], results: list[int | None], carried: set[int]) -> dict[int, int]:
