@@ -22,7 +22,7 @@ import numpy as np
 from jaxmoe.config import Config, DataConfig, ModelConfig, SourceConfig, TrainConfig
 from jaxmoe.data.loader import Stream
 from jaxmoe.data.mixture import Mixture
-from jaxmoe.data.store import StoredSource
+from jaxmoe.data.store import Row, StoredSource
 
 SPECIALS = {"eot": 0, "fim_prefix": 1, "fim_middle": 2, "fim_suffix": 3}
 TOKENS = 65_536  # of a batch
@@ -101,8 +101,7 @@ def mixed(config: Config, sources: dict[str, StoredSource], seconds: float) -> f
 
 
 def plain_stream(one: StoredSource, length: int, seconds: float) -> float:
-    tokens, batch = one.read(0, one.tokens).astype(np.uint16), TOKENS // length
-    stream = Stream(tokens, length, 0)
+    stream, batch = Stream(Row(one), length, 0), TOKENS // length
     return rate(lambda step: stream.rows(step * batch, 0, batch), seconds)
 
 

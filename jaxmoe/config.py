@@ -185,7 +185,9 @@ class PhaseConfig(_Strict):
 class DataConfig(_Strict):
     """Where text comes from, what is held out, and how it becomes tokens."""
 
-    path: str | None = None  # a folder of text files; None: what this Python installation has
+    # A folder of text files, or a data set, which may be a URL (gs, s3, http, https, file); None:
+    # what this Python installation has.
+    path: str | None = None
     holdout: tuple[str, ...] = ()  # packages never trained on; (): a share of them, by hash
     # bpe: learnt from this text, of model.vocab_size ids; bytes; default: ours of 32,768 ids; or a
     # file: tokenizer.json, *.tiktoken, a sentencepiece *.model.

@@ -19,7 +19,8 @@ from jaxmoe.config import Config
 from jaxmoe.config_check import check
 from jaxmoe.curriculum import curriculum
 from jaxmoe.data import feed
-from jaxmoe.data.cache import HeldOut, cache_root
+from jaxmoe.data.cache import cache_root
+from jaxmoe.data.corpus import HeldOut
 from jaxmoe.data.opened import open_corpus
 from jaxmoe.errors import UserError
 from jaxmoe.forecast import register

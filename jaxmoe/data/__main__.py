@@ -16,8 +16,9 @@ from rich.table import Table
 import jaxmoe
 from jaxmoe.config import Config
 from jaxmoe.data import build_cli, holdout_cli, inspect, overlap_cli, verify
-from jaxmoe.data.build import Report
-from jaxmoe.data.cache import Corpus, prepare
+from jaxmoe.data.build import HELD_OUT, Report
+from jaxmoe.data.cache import prepare
+from jaxmoe.data.corpus import TRAIN, Corpus
 from jaxmoe.data.opened import open_corpus
 from jaxmoe.errors import UserError
 
@@ -130,21 +131,21 @@ def _progress() -> Iterator[tuple[Report, dict[str, float]]]:
 
 
 def _summary(corpus: Corpus, seconds: dict[str, float]) -> dict[str, Any]:
-    train, held = corpus.manifest["train"], corpus.manifest["holdout"]
+    train, held = corpus.manifest["sources"][TRAIN], corpus.manifest["heldout"][HELD_OUT]
     return {
         "folder": str(corpus.folder),
         "fingerprint": corpus.fingerprint,
-        "held_out": held["names"],
+        "held_out": held["origin"]["names"],
         "holdout_documents": held["documents"],
         "holdout_bytes": held["bytes"],
         "holdout_tokens": held["tokens"],
         "holdout_bytes_per_token": round(held["bytes"] / held["tokens"], 3),
         "holdout_xz_bits_per_byte": round(held["xz_bits_per_byte"], 4),
-        "holdout_dropped": held["dropped"],
+        "holdout_dropped": held["skipped"],
         "train_packages": len(train["packages"]),
         "train_documents": train["documents"],
         "train_bytes": train["bytes"],
-        "train_prose_bytes": train["domains"]["prose"],
+        "train_prose_bytes": train["domains"].get("prose", {}).get("bytes", 0),
         "train_tokens": train["tokens"],
         "train_bytes_per_token": round(train["bytes"] / train["tokens"], 3),
         "train_dropped": train["dropped"],

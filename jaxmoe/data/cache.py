@@ -1,82 +1,34 @@
-"""Data sets on disk, built once: found by a fingerprint of their sources and settings.
+"""Text folders as data sets, prepared once: found by a fingerprint of their files and settings.
 
 CACHE/KEY/          as `build` writes it; it appears whole, by a rename, or not at all
 CACHE/KEY.lock      held by the process that builds; the others wait
 CACHE/KEY.tmp-*     a build under way, or what a killed one left (the next build removes it)
 """
 
-import hashlib
-import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import filelock
-import numpy as np
 
 from jaxmoe.config import DataConfig
 from jaxmoe.data import sources
-from jaxmoe.data.build import (
-    FORMAT,
-    MANIFEST,
-    Report,
-    files_fingerprint,
-    named_tokenizer,
-    sync_folder,
-    write,
-)
-from jaxmoe.data.damage import Guard
-from jaxmoe.data.store import Source
-from jaxmoe.data.tokenizer import Tokenizer
+from jaxmoe.data.build import VERSION, Report, named_tokenizer, write
+from jaxmoe.data.corpus import Corpus, HeldOut, Texts
+from jaxmoe.data.damage import open_guarded
+from jaxmoe.data.dataset import FORMAT, digest, open_data_set, sync_folder
+from jaxmoe.data.heldout_sets import corpus_of
 from jaxmoe.errors import UserError
 
-__all__ = ["Corpus", "HeldOut", "Texts", "load", "prepare"]
+__all__ = ["Corpus", "HeldOut", "Texts", "cache_root", "load", "prepare"]
 
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Texts:
-    """Documents of one domain."""
-
-    tokens: np.ndarray  # [tokens]: eot, then every document followed by eot
-    ends: np.ndarray  # [documents] int64: where in `tokens` each ends, its eot included
-    sizes: np.ndarray  # [documents] int64: bytes of UTF-8 text
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class HeldOut:
-    name: str
-    tokens: np.ndarray  # [tokens]: eot, then every document followed by eot
-    bytes: int  # of UTF-8 text
-    # Of the text: the same under every tokenizer. A part of a set has more after a slash.
-    fingerprint: str
-    xz_bits_per_byte: float  # of exactly these bytes, preset 9; of a part: of the whole
-    domains: Mapping[str, Texts] = field(default_factory=dict)  # empty: not known
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Corpus:
-    """A data set. Losses are only comparable between runs with the same `fingerprint`."""
-
-    folder: Path
-    manifest: Mapping[str, Any]
-    tokenizer: Tokenizer
-    train: np.ndarray  # [tokens] memmap: eot, then every document followed by eot
-    heldout: HeldOut
-    fingerprint: str  # 16 hex digits over the SHA-256 of every file
-    # Of a data set of several sources, by name; then `train` is not streamed. Names of documents
-    # are indexed like them.
-    sources: Mapping[str, Source] = field(default_factory=dict)
-    names: Mapping[str, Any] = field(default_factory=dict)
-    others: tuple[HeldOut, ...] = ()  # further held-out sets
-    guard: Guard | None = None  # of shards that are compared as they are read
+_MEND = "delete this folder, and it is built again"
 
 
 class _Broken(Exception):
-    """A folder that is not a whole data set of this format."""
+    """A folder that is not a whole data set of this format and version."""
 
 
 def prepare(
@@ -97,7 +49,7 @@ def prepare(
     root = cache_root(config)
     folder = root / _key(config, vocab_size, listing)
     try:
-        return _open(folder, verify)
+        return _open(folder, verify, config.damaged)
     except _Broken:
         pass
     try:
@@ -117,7 +69,7 @@ def load(folder: str | Path, *, verify: bool = False) -> Corpus:
     try:
         return _open(Path(folder), verify)
     except _Broken as error:
-        raise UserError(f"{folder}: {error}; delete this folder, and it is built again") from None
+        raise UserError(f"{folder}: {error}; {_MEND}") from None
 
 
 def _open_or_build(
@@ -130,7 +82,7 @@ def _open_or_build(
 ) -> Corpus:
     """With the lock held: another process may have built it meanwhile."""
     try:
-        return _open(folder, verify)
+        return _open(folder, verify, config.damaged)
     except _Broken as error:
         if folder.exists():
             report(f"building again: {error}", 0.0)
@@ -145,7 +97,7 @@ def _open_or_build(
         sync_folder(folder.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return _open(folder, verify)
+    return _open(folder, verify, config.damaged)
 
 
 def _locked(folder: Path, report: Report) -> Any:
@@ -157,45 +109,13 @@ def _locked(folder: Path, report: Report) -> Any:
         return lock.acquire(poll_interval=0.2)
 
 
-def _open(folder: Path, verify: bool) -> Corpus:
+def _open(folder: Path, verify: bool, damaged: Literal["stop", "skip"] = "stop") -> Corpus:
+    """Every size is compared now, and the sum of a training shard when it is first read."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise _Broken(f"{MANIFEST}: {type(error).__name__}") from None
-    if manifest.get("format") != FORMAT:
-        raise _Broken(f"{MANIFEST}: format {manifest.get('format')} is not {FORMAT}")
-    if "overlap" not in manifest:  # of before it was recorded: the same bytes are built again
-        raise _Broken(f"{MANIFEST}: it does not say what the held-out text was compared with")
-    for name, expected in manifest["files"].items():
-        _check(folder / name, expected, verify)
-    tokenizer = Tokenizer((folder / "tokenizer.json").read_text())
-    dtype = np.dtype(manifest["tokenizer"]["dtype"])
-    held = manifest["holdout"]
-    return Corpus(
-        folder=folder,
-        manifest=manifest,
-        tokenizer=tokenizer,
-        train=np.memmap(folder / "train.bin", dtype, mode="r"),
-        heldout=HeldOut(
-            name="holdout",
-            tokens=np.fromfile(folder / "holdout.bin", dtype),
-            bytes=held["bytes"],
-            fingerprint=held["fingerprint"],
-            xz_bits_per_byte=held["xz_bits_per_byte"],
-        ),
-        fingerprint=files_fingerprint(manifest["files"]),
-    )
-
-
-def _check(path: Path, expected: Mapping[str, Any], verify: bool) -> None:
-    size = path.stat().st_size if path.is_file() else None
-    if size != expected["bytes"]:
-        raise _Broken(f"{path.name} has {size} bytes instead of {expected['bytes']}")
-    if verify:
-        with open(path, "rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
-        if found != expected["sha256"]:
-            raise _Broken(f"{path.name} has changed: its SHA-256 is {found}")
+        open_data_set(folder, verify=verify)
+        return corpus_of(*open_guarded(folder, damaged, _MEND))
+    except UserError as error:
+        raise _Broken(str(error).partition(";")[0]) from None
 
 
 def cache_root(config: DataConfig) -> Path:
@@ -211,9 +131,9 @@ def _key(config: DataConfig, vocab_size: int, listing: sources.Listing) -> str:
         tokenizer = ["bpe", config.tokenizer_bytes, vocab_size]
     elif tokenizer != "bytes":  # a file may change under its name
         tokenizer = [named_tokenizer(config, vocab_size).fingerprint]
-    return _digest(
+    return digest(
         {
-            "format": FORMAT,
+            "format": [FORMAT, VERSION],
             "holdout": sorted(set(config.holdout)),
             "tokenizer": tokenizer,
             "max_bytes": config.max_bytes,
@@ -221,8 +141,3 @@ def _key(config: DataConfig, vocab_size: int, listing: sources.Listing) -> str:
             "files": [[f.package, f.name, f.size, f.mtime_ns] for f in listing.files],
         }
     )
-
-
-def _digest(tree: Any) -> str:
-    canonical = json.dumps(tree, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]

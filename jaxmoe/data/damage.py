@@ -15,6 +15,7 @@ __all__ = ["UNREADABLE", "Damaged", "Guard", "LazyShard", "hide", "open_guarded"
 
 UNREADABLE = -1  # a token of a damaged shard that is skipped
 _BLOCK = 1 << 22
+_MEND = "copy it whole again"
 
 
 class Damaged(UserError):
@@ -24,9 +25,10 @@ class Damaged(UserError):
 class Guard:
     """What was found damaged, by any reader of a data set."""
 
-    def __init__(self, policy: Literal["stop", "skip"]) -> None:
-        """skip: tokens of a damaged shard are `UNREADABLE`; stop: reading one raises `Damaged`."""
-        self.policy = policy
+    def __init__(self, policy: Literal["stop", "skip"], mend: str = _MEND) -> None:
+        """skip: tokens of a damaged shard are `UNREADABLE`; stop: reading one raises `Damaged`,
+        which tells the `mend`."""
+        self.policy, self.mend = policy, mend
         self._lock = threading.Lock()
         self._news: list[str] = []
 
@@ -70,7 +72,7 @@ class LazyShard:
                     self._open()
         assert self._tokens is not None
         if self._fault is not None and self._guard.policy == "stop":
-            raise Damaged(f"{self._fault}; copy it whole again, or train with data.damaged=skip")
+            raise Damaged(f"{self._fault}; {self._guard.mend}, or train with data.damaged=skip")
         return self._tokens[part]
 
     def _open(self) -> None:
@@ -83,14 +85,16 @@ class LazyShard:
         self._guard.tell(self._fault)
 
 
-def open_guarded(folder: str | Path, policy: Literal["stop", "skip"]) -> tuple[DataSet, Guard]:
+def open_guarded(
+    folder: str | Path, policy: Literal["stop", "skip"], mend: str = _MEND
+) -> tuple[DataSet, Guard]:
     """A data set whose training shards are compared as they are read; the other files are now.
 
     Raises:
         UserError: as `open_data_set`, or a source's ends are damaged: without them none of its
             documents is known.
     """
-    guard = Guard(policy)
+    guard = Guard(policy, mend)
     data = open_data_set(folder, open_shard=guard.open_shard)
     for entry in data.manifest["sources"].values():
         path = data.folder / entry["ends"]

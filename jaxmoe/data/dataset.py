@@ -30,6 +30,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -50,6 +51,8 @@ __all__ = [
     "digest",
     "new_manifest",
     "open_data_set",
+    "read_manifest",
+    "sync_folder",
     "write_file",
     "write_manifest",
     "write_tokenizer",
@@ -59,6 +62,7 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 SHARD_BYTES = 1 << 30
 OpenShard = Callable[[Path, np.dtype, Mapping[str, Any]], Any]
+Fetch = Callable[[Path], None]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")  # no dot: file names add parts after one
 
 
@@ -74,8 +78,8 @@ class DocumentName:
 class Names:
     """The names of one source's documents; the file is mapped when the first is asked for."""
 
-    def __init__(self, path: Path, documents: int) -> None:
-        self._path, self._documents = path, documents
+    def __init__(self, path: Path, documents: int, fetch: Fetch) -> None:
+        self._path, self._documents, self._fetch = path, documents, fetch
         self._raw: np.ndarray | None = None
         self._lines = np.empty(0, np.int64)
 
@@ -86,6 +90,7 @@ class Names:
         if not 0 <= document < self._documents:
             raise IndexError(f"{self._path.name}: document {document} of {self._documents}")
         if self._raw is None:
+            self._fetch(self._path)
             raw = np.memmap(self._path, np.uint8, mode="r")
             self._lines = np.concatenate([[0], np.flatnonzero(raw == ord("\n")) + 1])
             self._raw = raw
@@ -132,7 +137,11 @@ def check_name(name: str) -> None:
 
 
 def open_data_set(
-    folder: str | Path, *, verify: bool = False, open_shard: OpenShard | None = None
+    folder: str | Path,
+    *,
+    verify: bool = False,
+    open_shard: OpenShard | None = None,
+    fetch: Fetch | None = None,
 ) -> DataSet:
     """The data set in `folder`.
 
@@ -140,23 +149,33 @@ def open_data_set(
         verify: read every file and compare SHA-256 sums.
         open_shard: how a training shard is opened, of its path, dtype and row of `files`; its size
             is then not compared here. None: as a memory map.
+        fetch: called with a file before it is first opened: ends and names of training sources
+            when they are needed, and are not compared here; the others now.
 
     Raises:
         UserError: it is not whole, or of another format; the message names the file and the mend.
     """
     folder = Path(folder).expanduser()
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     files = manifest["files"]
-    late = {s for e in manifest["sources"].values() for s in e["shards"]} if open_shard else set()
+    trained = manifest["sources"].values()
+    late = {s for e in trained for s in e["shards"]} if open_shard else set()
+    if fetch:
+        late |= {e[part] for e in trained for part in ("ends", "names")}
     for name, expected in files.items():
+        if Path(name).name != name:
+            raise UserError(f"{folder / MANIFEST}: file {name!r} is not in the folder itself")
         if name not in late:
+            if fetch:
+                fetch(folder / name)
             _check(folder, name, expected, verify)
     try:
         tokenizer = Tokenizer((folder / "tokenizer.json").read_text())
         dtype = np.dtype(manifest["tokenizer"]["dtype"])
         own = open_shard or _map
         how = {"sources": own, "heldout": _map}
-        opened = [_open(folder, manifest[part], dtype, files, how[part]) for part in how]
+        bring = fetch or (lambda path: None)
+        opened = [_open(folder, manifest[part], dtype, files, how[part], bring) for part in how]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder / MANIFEST}: {error!r}; build the data set again") from None
     return DataSet(
@@ -284,6 +303,11 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     unfinished = folder / (MANIFEST + ".tmp")
     write_file(unfinished, [text.encode()])
     os.replace(unfinished, folder / MANIFEST)
+    sync_folder(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in `folder` survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -321,11 +345,13 @@ class _File:
         return {"bytes": self.bytes, "sha256": self._sha256.hexdigest()}
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text())
     except FileNotFoundError:
+        if ":/" in str(folder):  # what a Path leaves of ://
+            raise UserError(f"{folder}: it is a URL; copy it to a disk to change it") from None
         raise UserError(
             f"{folder}: no {MANIFEST} in it; build it with python -m jaxmoe.data build --out"
         ) from None
@@ -333,14 +359,15 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: {error}; build the data set again") from None
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
-        raise UserError(f"{path}: format {found} is not {FORMAT}; build the data set again")
+        raise UserError(
+            f"{path}: format {found} is not {FORMAT}; build the data set again"
+            + (", or if it is of the cache delete the folder" if found == 1 else "")
+        )
     return manifest
 
 
 def _check(folder: Path, name: str, expected: Mapping[str, Any], verify: bool) -> None:
     path = folder / name
-    if Path(name).name != name:
-        raise UserError(f"{folder / MANIFEST}: file {name!r} is not in the folder itself")
     size = path.stat().st_size if path.is_file() else None
     if size != expected["bytes"]:
         found = "is missing" if size is None else f"has {size} bytes, not {expected['bytes']}"
@@ -350,6 +377,11 @@ def _check(folder: Path, name: str, expected: Mapping[str, Any], verify: bool) -
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
         if sha256 != expected["sha256"]:
             raise UserError(f"{path} has changed: its SHA-256 is {sha256}; build it again")
+
+
+def _map_ends(path: Path, fetch: Fetch) -> np.ndarray:
+    fetch(path)
+    return np.memmap(path, "<i8", mode="r")
 
 
 def _map(path: Path, dtype: np.dtype, row: Mapping[str, Any]) -> np.ndarray:
@@ -362,15 +394,18 @@ def _open(
     dtype: np.dtype,
     files: Mapping[str, Mapping[str, Any]],
     open_shard: OpenShard,
+    fetch: Fetch,
 ) -> tuple[dict[str, StoredSource], dict[str, Names]]:
     sources: dict[str, StoredSource] = {}
     names: dict[str, Names] = {}
     for name, entry in entries.items():
         shards = [open_shard(folder / s, dtype, files[s]) for s in entry["shards"]]
-        path = folder / entry["ends"]
-        ends = np.memmap(path, "<i8", mode="r") if entry["documents"] else np.empty(0, np.int64)
-        sources[name] = StoredSource(name, shards, ends, entry["domain"])
-        names[name] = Names(folder / entry["names"], entry["documents"])
+        ends = partial(_map_ends, folder / entry["ends"], fetch)
+        documents = files[entry["ends"]]["bytes"] // 8
+        sources[name] = StoredSource(
+            name, shards, ends if documents else np.empty(0, np.int64), entry["domain"], documents
+        )
+        names[name] = Names(folder / entry["names"], entry["documents"], fetch)
         found = (sources[name].tokens, sources[name].documents)
         if found != (entry["tokens"], entry["documents"]):
             raise UserError(f"{folder}: {name} has {found} tokens and documents, not as its entry")

@@ -1,29 +1,26 @@
 """What a run trains on: the one row of a text folder, or the sources of a data set in their mix."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 
 from jaxmoe.config import Config
 from jaxmoe.curriculum import curriculum
-from jaxmoe.data.cache import Corpus
+from jaxmoe.data.ahead import Ahead
+from jaxmoe.data.corpus import TRAIN, Corpus
 from jaxmoe.data.loader import Packed, Rows, Stream
 from jaxmoe.data.mixture import Mixture, Used
-from jaxmoe.data.store import Source, StoredSource
 
 __all__ = [
+    "TRAIN",
     "counted",
     "first_time",
     "is_plain",
     "open_stream",
     "read_rows",
-    "sources",
     "tokens",
     "used",
 ]
-
-TRAIN = "train"  # the name of the one source of a corpus
 
 
 def is_plain(config: Config) -> bool:
@@ -34,17 +31,10 @@ def is_plain(config: Config) -> bool:
 
 def open_stream(config: Config, corpus: Corpus) -> Stream | Mixture:
     """Raises UserError as they do."""
-    if is_plain(config) and not corpus.sources:
+    if corpus.plain and is_plain(config):
         return Stream(corpus.train, config.train.seq_len, config.seed)
-    return Mixture(config, sources(corpus), _specials(corpus))
-
-
-def sources(corpus: Corpus) -> Mapping[str, Source]:
-    """By name; the one row of a text folder is called "train"."""
-    if corpus.sources:
-        return corpus.sources
-    ends = np.memmap(Path(corpus.folder) / "train.ends.bin", "<i8", mode="r")
-    return {TRAIN: StoredSource(TRAIN, [corpus.train], ends)}
+    kind = Ahead if corpus.remote else Mixture
+    return kind(config, corpus.sources, _specials(corpus))
 
 
 def read_rows(
@@ -74,7 +64,7 @@ def used(stream: Stream | Mixture) -> Mapping[str, Used]:
 
 def tokens(corpus: Corpus) -> int:
     """Of the training text."""
-    return sum(s.tokens for s in corpus.sources.values()) if corpus.sources else len(corpus.train)
+    return sum(s.tokens for s in corpus.sources.values())
 
 
 def _specials(corpus: Corpus) -> Mapping[str, int]:

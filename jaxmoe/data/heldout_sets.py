@@ -13,13 +13,15 @@ import lzma
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import filelock
 import numpy as np
 
-from jaxmoe.data.cache import HeldOut, Texts
+from jaxmoe.data.corpus import Corpus, HeldOut, Texts
+from jaxmoe.data.damage import Guard
 from jaxmoe.data.dataset import (
     DataSet,
     SourceWriter,
@@ -29,22 +31,24 @@ from jaxmoe.data.dataset import (
 )
 from jaxmoe.data.heldout_text import Found
 from jaxmoe.data.sources import Document
-from jaxmoe.data.texts import Decoder, document_texts
+from jaxmoe.data.texts import Decoder, add_documents, document_texts
+from jaxmoe.data.tokenizer import Tokenizer
 from jaxmoe.errors import UserError
 
 __all__ = [
     "STRICT",
     "Strict",
     "add_set",
+    "corpus_of",
     "held_out_sets",
     "locked",
     "move_to_set",
     "part",
     "remove",
+    "write_set",
 ]
 
 Report = Callable[[str, float], None]  # (phase, fraction of it that is done)
-_BATCH_BYTES = 4_000_000  # of text encoded at a time: bounds the tokenizer's memory
 
 
 @dataclass(frozen=True)
@@ -188,21 +192,34 @@ def held_out_sets(data: DataSet) -> tuple[HeldOut, ...]:
     return tuple(_opened(data, name) for name in sorted(data.heldout))
 
 
+def corpus_of(data: DataSet, guard: Guard, *, remote: bool = False) -> Corpus:
+    """What a run reads of it.
+
+    Raises:
+        UserError: there is no held-out set.
+    """
+    first, *rest = held_out_sets(data)
+    return Corpus(
+        folder=data.folder,
+        manifest=data.manifest,
+        tokenizer=data.tokenizer,
+        heldout=first,
+        others=tuple(rest),
+        fingerprint=data.fingerprint,
+        guard=guard,
+        remote=remote,
+        sources=data.sources,
+        names=data.names,
+    )
+
+
 def part(whole: HeldOut, tokens: int) -> HeldOut:
     """About so many tokens of a set at the most: whole documents, of each domain its share.
 
     It says so in its fingerprint, by the documents of each domain: a part is another set.
-
-    Raises:
-        UserError: the borders of its documents are not known (the cache keeps none).
     """
     if tokens >= len(whole.tokens):
         return whole
-    if not whole.domains:
-        raise UserError(
-            f"eval.tokens={tokens}: the cache's held-out set, of {len(whole.tokens)} tokens, is"
-            " evaluated whole; set data.holdout_bytes instead"
-        )
     share = tokens / len(whole.tokens)
     parts = {}
     for domain, texts in whole.domains.items():
@@ -214,6 +231,25 @@ def part(whole: HeldOut, tokens: int) -> HeldOut:
         )
     counts = "+".join(str(len(p.ends)) for p in parts.values())
     return _of_domains(whole, f"{whole.fingerprint}/{counts}", parts)
+
+
+def write_set(
+    writer: SourceWriter,
+    documents: Sequence[Document],
+    tokenizer: Tokenizer,
+    report: Callable[[float], None] = lambda done: None,
+    **more: Any,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A set of documents that lie domain by domain: (its entry, with `more` in it; its files)."""
+    domains, _ = add_documents(writer, documents, tokenizer, report)
+    compressor = lzma.LZMACompressor(preset=9)
+    packed = sum(len(compressor.compress(d.data)) for d in documents) + len(compressor.flush())
+    return writer.close(
+        domain=next(iter(domains)) if len(domains) == 1 else "mixed",
+        domains=domains,
+        xz_bits_per_byte=8 * packed / sum(len(d.data) for d in documents),
+        **more,
+    )
 
 
 def _opened(data: DataSet, name: str) -> HeldOut:
@@ -261,45 +297,11 @@ def _write_set(
     ordered = sorted(keyed.items(), key=lambda pair: (pair[1].domain, pair[0]))
     documents = [d for _, d in ordered]
     writer = SourceWriter(data.folder, _stem(data, f"heldout.{name}"), data.tokenizer)
-    domains: dict[str, dict[str, int]] = {}
-    compressor = lzma.LZMACompressor(preset=9)
-    packed = total = 0
-    size = sum(len(d.data) for d in documents)
-    for batch in _batches(documents):
-        encoded = data.tokenizer.encode_batch([d.text for d in batch])
-        for document, ids in zip(batch, encoded, strict=True):
-            writer.add(document.package, document.name, document.data, ids)
-            row = domains.setdefault(document.domain, {"documents": 0, "bytes": 0, "tokens": 0})
-            row["documents"] += 1
-            row["bytes"] += len(document.data)
-            row["tokens"] += len(ids) + 1
-            packed += len(compressor.compress(document.data))
-            total += len(document.data)
-            report(f"write {name}", total / size)
-    packed += len(compressor.flush())
     skipped = dict(found.skipped)
     if len(keyed) < len(found.documents):
         skipped["identical to another"] = len(found.documents) - len(keyed)
-    return writer.close(
-        domain=next(iter(domains)) if len(domains) == 1 else "mixed",
-        domains=domains,
-        xz_bits_per_byte=8 * packed / size,
-        origin=found.origin,
-        skipped=skipped,
-    )
-
-
-def _batches(documents: Iterable[Document]) -> Iterable[list[Document]]:
-    batch: list[Document] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.data)
-        if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+    told = partial(report, f"write {name}")
+    return write_set(writer, documents, data.tokenizer, told, origin=found.origin, skipped=skipped)
 
 
 def _sources(data: DataSet, patterns: Sequence[str]) -> list[str]:

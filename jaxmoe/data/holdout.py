@@ -111,7 +111,7 @@ def checked(manifest: Mapping[str, Any], heldout_fingerprint: str, train_fingerp
     """Documents that were found to repeat held-out text, and were left in the training text.
 
     Args:
-        manifest: of a data set (format 2: every source must have been compared), or of the cache.
+        manifest: of a data set, whose every source must have been compared.
         heldout_fingerprint: of a set's text; of a part of it (after a slash) the whole counts.
         train_fingerprint: of what will be trained on.
 
@@ -120,15 +120,12 @@ def checked(manifest: Mapping[str, Any], heldout_fingerprint: str, train_fingerp
     """
     rows = manifest.get("overlap", {}).get(heldout_fingerprint.partition("/")[0], {})
     mend = "run python -m jaxmoe.data overlap on the data set"
-    if "sources" not in manifest:
-        wanted = {"the training text": train_fingerprint}
-    elif train_fingerprint != fingerprint(manifest):
+    if train_fingerprint != fingerprint(manifest):
         raise UserError(
             f"training text {train_fingerprint} is not the data set's, {fingerprint(manifest)}: it"
             f" changed since it was opened; {mend}, and start again"
         )
-    else:
-        wanted = {f"source {n!r}": e["fingerprint"] for n, e in manifest["sources"].items()}
+    wanted = {f"source {n!r}": e["fingerprint"] for n, e in manifest["sources"].items()}
     missing = [name for name, print_ in wanted.items() if print_ not in rows]
     if missing:
         sets = manifest.get("heldout", {}).items()
@@ -141,7 +138,7 @@ def checked(manifest: Mapping[str, Any], heldout_fingerprint: str, train_fingerp
 
 
 def overlap_row(documents: int, dropped: int) -> dict[str, Any]:
-    """What the cache's manifest says of the check that `Overlap` made while it was built."""
+    """What the manifest of a prepared text says of the check by `Overlap`."""
     limits = {"windows": MAX_SHARED, "share": MAX_SHARED_FRACTION}
     counts = {"documents": documents, "leaking": 0, "dropped": dropped}
     return {"method": "chars50, case kept", "common": COMMON, "limits": limits, **counts}

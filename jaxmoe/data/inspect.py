@@ -1,12 +1,15 @@
 """python -m jaxmoe.data inspect: which documents a step of a run is made of, without running it."""
 
 import argparse
+import itertools
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -14,7 +17,8 @@ from jaxmoe.config import Config, apply_sets, from_json, load
 from jaxmoe.config_check import check
 from jaxmoe.curriculum import curriculum
 from jaxmoe.data import feed
-from jaxmoe.data.cache import Corpus
+from jaxmoe.data.corpus import Corpus
+from jaxmoe.data.damage import UNREADABLE
 from jaxmoe.data.loader import Stream
 from jaxmoe.data.mixture import Mixture
 from jaxmoe.data.store import Source
@@ -76,6 +80,7 @@ def run(config: Config, corpus: Corpus, args: argparse.Namespace) -> None:
         rows = 1 if args.rows is None else args.rows
         found = list(sequences(config, corpus, stream, args.position, args.position + rows))
         _print_texts(found, as_json=args.json)
+        _print_damage(_news(corpus), sys.stderr)
         return
     plan = curriculum(config)
     if not 1 <= args.step <= config.train.steps:
@@ -89,6 +94,7 @@ def run(config: Config, corpus: Corpus, args: argparse.Namespace) -> None:
         "seq_len": shape.length,
         "sequences": list(sequences(config, corpus, stream, first, first + rows)),
     }
+    step["damaged"] = _news(corpus)  # which shards the sequences came upon
     if args.json:
         print(json.dumps(step, indent=1))
     else:
@@ -102,13 +108,19 @@ def sequences(
     for number in range(first, last):
         name, views = _parts(config, corpus, stream, number)
         names = corpus.names.get(name)
+        inputs = [view.read(begin, end) for _, view, begin, end in views]
         documents = [
-            {"epoch": epoch, **_named(names, document), "tokens": [start, stop], "of": size}
-            for epoch, view, begin, end in views
+            {
+                "epoch": epoch,
+                **_named(names, document),
+                "tokens": [start, stop],
+                "of": size,
+                **_skipped(part[view.bounds(document)[0] - begin + start :], start, stop),
+            }
+            for part, (epoch, view, begin, end) in zip(inputs, views, strict=True)
             for document, start, stop, size in _documents(view, begin, end)
         ]
-        inputs = [view.read(begin, end).tolist() for _, view, begin, end in views]
-        text = corpus.tokenizer.decode([token for part in inputs for token in part])
+        text = _text(corpus, np.concatenate(inputs))
         epoch = views[0][0]
         yield {
             "position": number,
@@ -127,7 +139,7 @@ def _parts(
         sample = stream.sample(number)
         view = lambda epoch: stream.view(sample.source, epoch)  # noqa: E731
         return sample.source, [(s.epoch, view(s.epoch), *s[1:]) for s in stream.spans(sample)]
-    ((name, source),) = feed.sources(corpus).items()
+    ((name, source),) = corpus.sources.items()
     start = stream.start(number)
     return name, [(stream.epoch(number), source, start, start + config.train.seq_len)]
 
@@ -142,7 +154,42 @@ def _documents(view: Source, start: int, stop: int) -> Iterator[tuple[int, int, 
         start, document = max(start, end), document + 1
 
 
-def _named(names: Sequence[Any] | None, document: int) -> dict[str, Any]:
+def _skipped(part: np.ndarray, start: int, stop: int) -> dict[str, list[list[int]]]:
+    """Which of a document's tokens start .. stop were left out, with data.damaged=skip: `part`
+    begins with them. {} where none was."""
+    runs = [[start + a, start + b] for lost, a, b in _runs(part[: stop - start]) if lost]
+    return {"skipped": runs} if runs else {}
+
+
+def _runs(tokens: np.ndarray) -> Iterator[tuple[bool, int, int]]:
+    """(whether they could not be read, first, end) of stretches of tokens, in order."""
+    lost = tokens == UNREADABLE
+    cuts = [0, *(np.flatnonzero(lost[1:] != lost[:-1]) + 1).tolist(), len(tokens)]
+    for a, b in itertools.pairwise(cuts):
+        if a < b:
+            yield bool(lost[a]), a, b
+
+
+def _text(corpus: Corpus, tokens: np.ndarray) -> str:
+    """As it was trained on, with what was left out in square brackets."""
+    return "".join(
+        f"[{b - a} tokens of a damaged shard, skipped]"
+        if lost
+        else corpus.tokenizer.decode(tokens[a:b].tolist())
+        for lost, a, b in _runs(tokens)
+    )
+
+
+def _news(corpus: Corpus) -> list[str]:
+    return corpus.guard.news() if corpus.guard else []
+
+
+def _print_damage(damage: Sequence[str], file: TextIO) -> None:
+    for what in damage:
+        print(f"damaged: {what}; its tokens were skipped", file=file)
+
+
+def _named(names: Any, document: int) -> dict[str, Any]:
     if names is None:
         return {"document": document}
     found = names[document]
@@ -175,6 +222,7 @@ def _print_step(step: Mapping[str, Any], *, whole: bool) -> None:
     counts = Counter(one["source"] for one in found)
     size = f"{step['batch_size']} x {step['seq_len']} tokens"
     print(f"step {step['step']}: {size}, after {step['tokens']:,} of the run")
+    _print_damage(step["damaged"], sys.stdout)
     for source, n in sorted(counts.items()):
         print(f"\n{source}: {n} sequences, {n / len(found):.1%}")
         mine = [one for one in found if one["source"] == source]
@@ -191,6 +239,8 @@ def _table(found: Sequence[Mapping[str, Any]]) -> Table:
             name = f"{document['document']}"
             if "name" in document:
                 name += f"  {document['package']}: {document['name']}"
+            for skipped in document.get("skipped", ()):
+                name += f"  (skipped {skipped[0]}..{skipped[1]})"
             start, stop = document["tokens"]
             first = str(one["position"]) if not at else ""
             table.add_row(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxmoe.data.store import Row
 from jaxmoe.errors import UserError
 
 __all__ = ["Packed", "Rows", "Stream", "documents", "heldout_batches"]
@@ -41,7 +42,7 @@ class Stream:
         UserError: `tokens` is too short for one sequence, or grain is missing.
     """
 
-    def __init__(self, tokens: np.ndarray, seq_len: int, seed: int) -> None:
+    def __init__(self, tokens: np.ndarray | Row, seq_len: int, seed: int) -> None:
         source = _Sequences(tokens, seq_len)
         if len(source) == 0:
             raise UserError(
@@ -116,7 +117,7 @@ def documents(tokens: np.ndarray, eot: int, weights: np.ndarray | None = None) -
 class _Sequences:
     """Random-access source for grain."""
 
-    def __init__(self, tokens: np.ndarray, seq_len: int) -> None:
+    def __init__(self, tokens: np.ndarray | Row, seq_len: int) -> None:
         self._tokens = tokens
         self._seq_len = seq_len
 

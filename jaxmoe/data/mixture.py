@@ -8,12 +8,12 @@ repeats nor skips any, and nothing has to be replayed to read at any place.
 """
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache, partial
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -141,8 +141,8 @@ class Mixture:
         tokens = np.empty((len(samples), length + 1), np.int32)
         weights = np.ones((len(samples), length), np.float32)
         ends = np.zeros((len(samples), length), bool)
-        for row, sample in enumerate(samples):
-            self._fill(sample, tokens[row], weights[row], ends[row])
+        spans = [self.spans(sample) for sample in samples]
+        self._each(self._fill, samples, spans, tokens, weights, ends)
         if not self._config.data.document_mask:
             return Rows(tokens, weights)
         ends |= tokens[:, :-1] == self._eot
@@ -212,12 +212,22 @@ class Mixture:
             at[mine] = place[np.argsort(epoch, kind="stable")]
         return _Block(sources, at)
 
+    def _each(self, fill: Callable[..., None], *rows: Iterable[Any]) -> None:
+        """`fill` of every row."""
+        for row in zip(*rows, strict=True):
+            fill(*row)
+
     def _fill(
-        self, sample: Sample, tokens: np.ndarray, weights: np.ndarray, ends: np.ndarray
+        self,
+        sample: Sample,
+        spans: Sequence[Span],
+        tokens: np.ndarray,
+        weights: np.ndarray,
+        ends: np.ndarray,
     ) -> None:
         """One row. Where a part of another place follows, it is another document; its first token
         is a target only where a document begins after an eot."""
-        at, spans = 0, self.spans(sample)
+        at = 0
         for span in spans:
             view = self._views[sample.source](span.epoch)
             if at:

@@ -4,12 +4,13 @@ A source is one long row of tokens: eot, then every document followed by eot. Do
 tokens [ends[i - 1], ends[i]), its eot included, where ends[-1] is 1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 
-__all__ = ["Source", "StoredSource"]
+__all__ = ["Row", "Source", "StoredSource"]
 
 
 class Source(Protocol):
@@ -39,16 +40,37 @@ class Source(Protocol):
         ...
 
 
+class Row:
+    """A source's tokens as what can be sliced: int32, read when asked for."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    def __len__(self) -> int:
+        return self._source.tokens
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, stop, step = part.indices(len(self))
+        return self._source.read(start, max(start, stop))[::step]
+
+
 class StoredSource:
     """A source in shards, which may be memory maps: a read touches the pages that it needs."""
 
     def __init__(
-        self, name: str, shards: Sequence[np.ndarray], ends: np.ndarray, domain: str = ""
+        self,
+        name: str,
+        shards: Sequence[np.ndarray],
+        ends: np.ndarray | Callable[[], np.ndarray],
+        domain: str = "",
+        documents: int | None = None,
     ) -> None:
-        """`shards`: the row of tokens, cut anywhere. `ends`: int64 [documents], ascending."""
+        """`shards`: the row of tokens, cut anywhere. `ends`: int64 [documents], ascending; or what
+        opens them when they are first needed, and then how many `documents` there are."""
         self.name, self.domain = name, domain
         self._shards = tuple(_plain(shard) for shard in shards)
-        self._ends = _plain(ends)
+        self._open_ends = ends if callable(ends) else lambda: ends
+        self._documents = len(self._ends) if documents is None else documents
         self._starts = np.cumsum([0, *(len(s) for s in self._shards)])
 
     @property
@@ -57,7 +79,11 @@ class StoredSource:
 
     @property
     def documents(self) -> int:
-        return len(self._ends)
+        return self._documents
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        return _plain(self._open_ends())
 
     def read(self, start: int, stop: int) -> np.ndarray:
         if not 0 <= start <= stop <= self.tokens:

@@ -1,14 +1,18 @@
-"""The text of stored documents: ids back to bytes, by a table where each id is a byte string."""
+"""Documents to tokens, and the text of stored ones: by a table where each id is a byte string."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
+from jaxmoe.data.dataset import SourceWriter
+from jaxmoe.data.sources import Document
 from jaxmoe.data.store import Source
 from jaxmoe.data.tokenizer import Tokenizer
 
-__all__ = ["Decoder", "document_texts"]
+__all__ = ["Counts", "Decoder", "add_documents", "document_texts"]
 
+Counts = dict[str, dict[str, int]]  # by name: documents, bytes, tokens with an eot each
+_BATCH_BYTES = 4_000_000  # of text encoded at a time: bounds the tokenizer's memory
 _READ = 1 << 17  # tokens decoded at a time: half a megabyte of text, with its indices in the cache
 
 
@@ -61,3 +65,40 @@ def document_texts(
             cuts.append(end - first)
         yield start, decoder.texts(source.read(first, first + cuts[-1]), cuts)
         start += len(cuts) - 1
+
+
+def add_documents(
+    writer: SourceWriter,
+    documents: Sequence[Document],
+    tokenizer: Tokenizer,
+    report: Callable[[float], None] = lambda done: None,
+) -> tuple[Counts, Counts]:
+    """Encodes and writes all of them, in order. Counts by domain, in that order, and by package."""
+    domains: Counts = {}
+    packages: Counts = {}
+    done, total = 0, sum(len(d.data) for d in documents)
+    for batch in _batches(documents):
+        encoded = tokenizer.encode_batch([d.text for d in batch])
+        for document, ids in zip(batch, encoded, strict=True):
+            writer.add(document.package, document.name, document.data, ids)
+            for counts, key in ((domains, document.domain), (packages, document.package)):
+                row = counts.setdefault(key, {"documents": 0, "bytes": 0, "tokens": 0})
+                row["documents"] += 1
+                row["bytes"] += len(document.data)
+                row["tokens"] += len(ids) + 1
+            done += len(document.data)
+        report(done / total)
+    return domains, dict(sorted(packages.items()))
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.data)
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,12 +15,15 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxmoe.data.bars import bars
+from jaxmoe.data.dataset import MANIFEST
+from jaxmoe.data.remote import Store, is_url
 from jaxmoe.errors import UserError
 
 __all__ = ["Verdict", "add_parser", "run", "verify"]
 
 _EXAMPLES = """examples:
   python -m jaxmoe.data verify DIR            a data set, or a folder of the cache
+  python -m jaxmoe.data verify gs://BUCKET/DIR
   python -m jaxmoe.data verify DIR --json
 Exit code 1 if a file is damaged.
 """
@@ -37,13 +40,14 @@ class Verdict:
 def verify(
     folder: str | Path, report: Callable[[str, float], None] = lambda phase, fraction: None
 ) -> list[Verdict]:
-    """Reads every file that the manifest in `folder` names, several at a time.
+    """Reads every file that the manifest in `folder`, or at a URL, names, several at a time.
 
     Raises:
         UserError: no manifest, or one that names no files.
     """
+    store = Store(str(folder)) if is_url(str(folder)) else None
     folder = Path(folder).expanduser()
-    files = _files(folder)
+    files = _files(folder, store)
     total = max(1, sum(row["bytes"] for row in files.values()))
     lock, done = threading.Lock(), 0
 
@@ -55,7 +59,8 @@ def verify(
 
     def one(item: tuple[str, Mapping[str, Any]]) -> Verdict:
         name, row = item
-        fault = _fault(folder / name, row, read)
+        parts = _local(folder / name) if store is None else store.parts(name, row["bytes"])
+        fault = _fault(parts, row, read)
         return Verdict(file=name, bytes=row["bytes"], fault=fault)
 
     # Hashing releases the interpreter's lock.
@@ -70,7 +75,7 @@ def add_parser(commands: Any) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", metavar="DIR", help="with a manifest.json in it")
+    parser.add_argument("folder", metavar="DIR", help="with a manifest.json in it, or a URL")
     parser.add_argument("--json", action="store_true", help="print JSON, for scripts")
     parser.set_defaults(own=run)
 
@@ -91,27 +96,39 @@ def run(args: argparse.Namespace) -> int:
     return 1 if damaged else 0
 
 
-def _files(folder: Path) -> dict[str, Mapping[str, Any]]:
-    path = folder / "manifest.json"
+def _files(folder: Path, store: Store | None) -> dict[str, Mapping[str, Any]]:
+    path = folder / MANIFEST if store is None else store.url + MANIFEST
     try:
-        files = json.loads(path.read_text())["files"]
+        text = Path(path).read_bytes() if store is None else store.whole(MANIFEST)
+        if text is None:
+            raise FileNotFoundError
+        files = json.loads(text)["files"]
         return {str(name): {"bytes": int(row["bytes"]), **row} for name, row in files.items()}
     except FileNotFoundError:
         raise UserError(
-            f"{folder}: no manifest.json in it; give the folder of a data set"
+            f"{store.url if store else folder}: no {MANIFEST} in it; give the folder of a data set"
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: {error!r}; build the data set again") from None
 
 
-def _fault(path: Path, row: Mapping[str, Any], read: Callable[[int], None]) -> str | None:
+def _local(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as stream:
+        while block := stream.read(_BLOCK):
+            yield block
+
+
+def _fault(
+    parts: Iterator[bytes | None], row: Mapping[str, Any], read: Callable[[int], None]
+) -> str | None:
     digest, size = hashlib.sha256(), 0
     try:
-        with open(path, "rb") as stream:
-            while block := stream.read(_BLOCK):
-                digest.update(block)
-                size += len(block)
-                read(len(block))
+        for part in parts:
+            if part is None:  # of a store, which does not tell how many bytes there are
+                return f"is missing, or has not {row['bytes']:,} bytes"
+            digest.update(part)
+            size += len(part)
+            read(len(part))
     except FileNotFoundError:
         return "missing"
     except OSError as error:

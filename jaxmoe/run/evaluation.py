@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxmoe.config import Config
 from jaxmoe.data import holdout
-from jaxmoe.data.cache import Corpus, HeldOut
+from jaxmoe.data.corpus import Corpus, HeldOut
 from jaxmoe.data.heldout_sets import part
 from jaxmoe.data.loader import Rows, heldout_batches
 from jaxmoe.errors import UserError

@@ -24,9 +24,10 @@ from jaxmoe import mesh as mesh_lib
 from jaxmoe.config import Config
 from jaxmoe.curriculum import Shape, curriculum, shaped
 from jaxmoe.data import damage, feed
-from jaxmoe.data.cache import Corpus
+from jaxmoe.data.corpus import Corpus
 from jaxmoe.data.loader import Packed, Rows, documents
 from jaxmoe.data.mixture import Mixture
+from jaxmoe.errors import UserError
 from jaxmoe.forecast.alarms import Alarm
 from jaxmoe.run import record, xla
 from jaxmoe.run.checkpoint import Checkpoints
@@ -139,9 +140,7 @@ class Trainer:
         return init_state(self.config, self.mesh, params)
 
     def _resume(self, step: int, meta: dict[str, Any]) -> None:
-        # Checkpoints of before there were ramps have sequences alone.
-        self.tokens = meta.get("tokens", meta["position"] * self.config.train.seq_len)
-        assert self.plan.step_of(self.tokens) == step, (self.tokens, step)
+        self.tokens = self._consumed(step, meta)
         self.code = CodeLength(**meta.get("code", {"known": False}))
         self.meter.restore(meta["seconds"])
         self.record.rewind(step)
@@ -152,6 +151,19 @@ class Trainer:
         if meta["forecast"] and meta["forecast"][-1][0] == step:
             self.evaluated = (step, meta["forecast"][-1][1])
         self._event("resume", step, f"from checkpoint {step}")
+
+    def _consumed(self, step: int, meta: dict[str, Any]) -> int:
+        """Tokens before a checkpoint. Those of before there were ramps have sequences alone."""
+        sequences = meta["position"]
+        tokens = meta.get("tokens", sequences * self.config.train.seq_len)
+        wanted = self.plan.tokens(step), self.plan.sequences(step)
+        if (tokens, sequences) != wanted:
+            raise UserError(
+                f"{self.record.folder}: its checkpoint {step} was saved after {tokens} tokens in"
+                f" {sequences} sequences, and by this config that step begins after {wanted[0]} in"
+                f" {wanted[1]}; bring the config back, or give another --run-dir"
+            )
+        return tokens
 
     # The loop
 

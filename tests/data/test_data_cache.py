@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import json
 import lzma
 import os
@@ -11,9 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxmoe.config import DataConfig, replace
+from jaxmoe.config import Config, DataConfig, ModelConfig, TrainConfig, replace
+from jaxmoe.data import feed
+from jaxmoe.data.__main__ import main
 from jaxmoe.data.cache import Corpus, load, prepare
+from jaxmoe.data.damage import Damaged
+from jaxmoe.data.dataset import open_data_set
 from jaxmoe.data.holdout import checked
+from jaxmoe.data.opened import open_corpus
 from jaxmoe.errors import UserError
 
 # A process that builds; hold: seconds in its first phase of work; die: the phase it is killed in.
@@ -61,6 +67,14 @@ def _documents(corpus: Corpus) -> list[str]:
     ]
 
 
+def _trained(corpus: Corpus) -> Any:
+    return corpus.manifest["sources"]["train"]
+
+
+def _held(corpus: Corpus) -> Any:
+    return corpus.manifest["heldout"]["holdout"]
+
+
 def _phases(config: DataConfig, **kwargs: Any) -> tuple[Corpus, list[str]]:
     phases: list[str] = []
     corpus = prepare(config, 300, lambda phase, fraction: phases.append(phase), **kwargs)
@@ -70,14 +84,14 @@ def _phases(config: DataConfig, **kwargs: Any) -> tuple[Corpus, list[str]]:
 def test_streams_are_the_documents_between_ends_of_text(config: DataConfig, texts: Path):
     corpus = prepare(config, 300)
     eot = corpus.tokenizer.eot
-    held = corpus.manifest["holdout"]["names"]
+    held = _held(corpus)["origin"]["names"]
     assert len(held) == 1
     whole = {p.read_text() for p in texts.rglob("*.txt")}
     heldout = {p.read_text() for p in (texts / held[0]).iterdir()}
     assert set(_documents(corpus)) == whole - heldout
-    for tokens in (corpus.train, corpus.heldout.tokens):
+    for tokens in (corpus.train[:], corpus.heldout.tokens):
         assert tokens[0] == tokens[-1] == eot
-    assert (corpus.train == eot).sum() == corpus.manifest["train"]["documents"] + 1
+    assert (corpus.train[:] == eot).sum() == _trained(corpus)["documents"] + 1
     parts = corpus.tokenizer.decode(corpus.heldout.tokens).split("<|eot|>")
     assert set(parts[1:-1]) == heldout
 
@@ -86,9 +100,9 @@ def test_streams_are_the_documents_between_ends_of_text(config: DataConfig, text
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
 def test_held_out_packages_are_nowhere_in_training(config: DataConfig, names: Any, kind: Any):
     corpus = prepare(replace(config, holdout=names, tokenizer=kind), 300)
-    held = corpus.manifest["holdout"]["names"]
+    held = _held(corpus)["origin"]["names"]
     assert not names or tuple(held) == tuple(sorted(names))
-    train = corpus.tokenizer.decode(corpus.train)
+    train = corpus.tokenizer.decode(corpus.train[:])
     heldout = corpus.tokenizer.decode(corpus.heldout.tokens)
     for package in range(24):
         marked = heldout if f"p{package}" in held else train
@@ -123,26 +137,25 @@ def test_identical_and_copied_documents_are_dropped(config: DataConfig, texts: P
     (texts / "p7" / "twice.txt").write_text((texts / "p8" / "0.txt").read_text())
     (texts / "p9" / "latin.txt").write_bytes(b"\xe9" * 300)
     corpus = prepare(replace(config, holdout=("p3",)), 300)
-    train = corpus.manifest["train"]
+    train = _trained(corpus)
     assert train["dropped"] == {"identical to another": 2, "shares passages with held-out text": 1}
     assert train["documents"] == 23 * 3
-    assert "mark3x" not in corpus.tokenizer.decode(corpus.train)
+    assert "mark3x" not in corpus.tokenizer.decode(corpus.train[:])
     assert corpus.manifest["skipped"] == {"not UTF-8": 1}
 
 
 def test_counts_add_up(config: DataConfig):
     corpus = prepare(replace(config, tokenizer="bpe", max_bytes=40_000), 300)
-    for part, tokens in (("train", corpus.train), ("holdout", corpus.heldout.tokens)):
-        summary = corpus.manifest[part]
+    train, held = _trained(corpus), _held(corpus)
+    parts = [(train, train["packages"], corpus.train), (train, train["domains"], corpus.train)]
+    for summary, rows, tokens in [*parts, (held, held["domains"], corpus.heldout.tokens)]:
         for count in ("documents", "bytes"):
-            assert summary[count] == sum(row[count] for row in summary["packages"].values())
-        assert (
-            summary["tokens"]
-            == len(tokens)
-            == 1 + sum(row["tokens"] for row in summary["packages"].values())
-        )
-    assert corpus.manifest["train"]["bytes"] <= 40_000
-    assert corpus.manifest["train"]["bytes"] == sum(len(d.encode()) for d in _documents(corpus))
+            assert summary[count] == sum(row[count] for row in rows.values())
+        assert summary["tokens"] == len(tokens)
+        assert len(tokens) == 1 + sum(row["tokens"] for row in rows.values())
+    assert sum(held["origin"]["packages"].values()) == held["documents"]
+    assert _trained(corpus)["bytes"] <= 40_000
+    assert _trained(corpus)["bytes"] == sum(len(d.encode()) for d in _documents(corpus))
 
 
 def test_two_builds_of_the_same_text_are_the_same_bytes(config: DataConfig, tmp_path: Path):
@@ -184,7 +197,7 @@ def test_a_damaged_data_set_is_refused_by_load_and_built_again_by_prepare(config
     corpus = prepare(config, 300)
     good = {p.name: p.read_bytes() for p in corpus.folder.iterdir()}
     damage = {name: data[:-2] for name, data in good.items()}
-    damage["holdout.bin"] = b""
+    damage["heldout.holdout-00000.bin"] = b""
     for name, data in damage.items():
         (corpus.folder / name).write_bytes(data)
         with pytest.raises(UserError, match=f"(?s){corpus.folder}.*{name}.*delete"):
@@ -193,17 +206,17 @@ def test_a_damaged_data_set_is_refused_by_load_and_built_again_by_prepare(config
         assert any(p.startswith("building again") and name in p for p in phases)
         assert {p.name: p.read_bytes() for p in again.folder.iterdir()} == good
     (corpus.folder / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match="tokenizer.json has None bytes"):
+    with pytest.raises(UserError, match="tokenizer.json is missing; delete"):
         load(corpus.folder)
 
 
 def test_verify_sees_a_flipped_bit(config: DataConfig):
     corpus = prepare(config, 300)
-    data = bytearray((corpus.folder / "train.bin").read_bytes())
+    data = bytearray((corpus.folder / "train-00000.bin").read_bytes())
     data[100] ^= 1
-    (corpus.folder / "train.bin").write_bytes(data)
+    (corpus.folder / "train-00000.bin").write_bytes(data)
     load(corpus.folder)
-    with pytest.raises(UserError, match="train.bin has changed"):
+    with pytest.raises(UserError, match="train-00000.bin has changed"):
         load(corpus.folder, verify=True)
     again, phases = _phases(config, verify=True)
     assert again.fingerprint == corpus.fingerprint
@@ -278,9 +291,9 @@ def test_what_is_installed_here(tmp_path: Path):
         cache=str(tmp_path),
     )
     corpus = prepare(config, 300)
-    assert set(corpus.manifest["holdout"]["packages"]) <= {"email", "json"}
-    assert not {"email", "json"} & set(corpus.manifest["train"]["packages"])
-    assert 0.9 * 300_000 < corpus.manifest["train"]["bytes"] <= 300_000
+    assert set(_held(corpus)["origin"]["packages"]) <= {"email", "json"}
+    assert not {"email", "json"} & set(_trained(corpus)["packages"])
+    assert 0.9 * 300_000 < _trained(corpus)["bytes"] <= 300_000
     assert 0.9 * 60_000 < corpus.heldout.bytes <= 60_000
     assert 1.0 < corpus.heldout.xz_bits_per_byte < 3.5
     assert str(Path.home()) not in (corpus.folder / "manifest.json").read_text()
@@ -292,14 +305,53 @@ def test_the_cache_says_what_its_held_out_text_was_compared_with(config: DataCon
     corpus = prepare(config, 300)
     held = corpus.heldout.fingerprint
     assert checked(corpus.manifest, held, corpus.fingerprint) == 0
-    assert corpus.manifest["overlap"][held][corpus.fingerprint]["dropped"] == 1
-    with pytest.raises(UserError, match="was not compared with the training text of data ffff"):
+    assert corpus.manifest["overlap"][held][_trained(corpus)["fingerprint"]]["dropped"] == 1
+    with pytest.raises(UserError, match="training text ffff is not the data set's"):
         checked(corpus.manifest, held, "ffff")
     with pytest.raises(UserError, match="held-out set 0000 was not compared"):
         checked(corpus.manifest, "0000", corpus.fingerprint)
-    # One of before it was written down: the same bytes again, and it is.
-    manifest = {k: v for k, v in corpus.manifest.items() if k != "overlap"}
-    (corpus.folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_prepared_folder_is_a_data_set_like_any_other(config: DataConfig, capsys: Any):
+    """Its documents have names, `overlap` finds it clean, and by its path it is the same stream."""
+    corpus = prepare(config, 300)
+    names = corpus.names["train"]
+    assert len(names) == corpus.sources["train"].documents
+    for number in (0, len(names) - 1):
+        start, stop = corpus.sources["train"].bounds(number)
+        text = corpus.tokenizer.decode(corpus.train[start : stop - 1])
+        assert (Path(str(config.path)) / names[number].name).read_text() == text
+    held = open_data_set(corpus.folder).heldout_names["holdout"]
+    order = [hashlib.sha256(held[n].name.encode()).digest() for n in range(len(held))]
+    assert order == sorted(order) and len(order) > 1  # as of a sample, and of runs before
+    assert main(["overlap", str(corpus.folder), "--json"]) == 0
+    assert '"leaking": 0' in capsys.readouterr().out
+    whole = Config(model=ModelConfig(vocab_size=300), train=TrainConfig(batch_size=4, seq_len=32))
+    opened = open_corpus(replace(whole, data=DataConfig(path=str(corpus.folder))))
+    assert opened.plain and opened.fingerprint == corpus.fingerprint
+    a, b = (feed.read_rows(feed.open_stream(whole, c), whole, 3, 0, 4) for c in (corpus, opened))
+    assert (a.tokens == b.tokens).all()
+
+
+def test_a_cache_of_format_1_is_refused_in_one_line(tmp_path: Path):
+    """By its path; `prepare` never comes across it, since its key is another."""
+    manifest = {"format": 1, "files": {"train.bin": {"bytes": 2, "sha256": "0"}}, "train": {}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    whole = Config(data=DataConfig(path=str(tmp_path)))
+    with pytest.raises(UserError, match="format 1 is not 2; .*delete the folder") as caught:
+        open_corpus(whole)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_flipped_bit_of_the_cache_ends_a_run_that_reads_it(config: DataConfig):
+    corpus = prepare(config, 300)
+    file = corpus.folder / "train-00000.bin"
+    data = bytearray(file.read_bytes())
+    data[100] ^= 1
+    file.write_bytes(data)
     again = prepare(config, 300)
-    assert again.fingerprint == corpus.fingerprint
-    assert again.manifest == corpus.manifest
+    with pytest.raises(Damaged, match="train-00000.bin has changed.*; delete this folder"):
+        again.train[:8]
+    assert again.guard is not None and len(again.guard.news()) == 1
+    skipped = prepare(replace(config, damaged="skip"), 300)
+    assert (skipped.train[:8] == -1).all()

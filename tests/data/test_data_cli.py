@@ -93,6 +93,8 @@ def test_a_step_is_told_by_its_documents(config: DataConfig, capsys: Any, tmp_pa
         for document in sequence["documents"]:
             start = ends[document["document"] - 1] if document["document"] else 1
             first, last = document["tokens"]
+            about = corpus.names["train"][document["document"]]
+            assert (document["package"], document["name"]) == (about.package, about.name)
             assert start + document["of"] == ends[document["document"]]
             said += corpus.train[start + first : start + last].tolist()
         assert said == stream[12 + row][:-1].tolist()

@@ -83,6 +83,65 @@ def test_inspect_names_its_documents(folder: Path, capsys: Any, tmp_path: Path):
         assert one["text"].endswith(corpus.tokenizer.decode(np.array(said)))
 
 
+@pytest.mark.parametrize("packing", ["split", "best_fit"])
+def test_inspect_tells_what_a_damaged_shard_left_out(
+    tmp_path: Path, capsys: Any, packing: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """The documents are those of the whole data, and the places those that training left out."""
+    monkeypatch.setenv("COLUMNS", "200")
+    found = tmp_path / "set"
+    documents = [(f"p{i}", f"{i}.txt", prose(i, 20 + i)) for i in range(30)]
+    held = write(found, {"code": documents, "text": documents[:3]}, shard_bytes=2 * 700)
+    move_to_set(found, "held", ["text"], lambda *_: None, documents=["2.txt"])
+    mix = (SourceConfig(name="code"),)
+    whole = replace(
+        config(found),
+        data=DataConfig(path=str(found), sources=mix, packing=packing, damaged="skip"),
+    )
+    file = tmp_path / "mine.py"
+    tree = json.dumps(as_dict(whole))
+    file.write_text(
+        f"from jaxmoe.config import from_json\ndef mine():\n    return from_json({tree!r})\n"
+    )
+
+    def told(step: int) -> Any:
+        assert main(["inspect", "--config", str(file), "--step", str(step), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    steps = range(1, 5)
+    before = [told(step) for step in steps]
+    shard = found / "code-00001.bin"
+    raw = bytearray(shard.read_bytes())
+    raw[9] ^= 1
+    shard.write_bytes(raw)
+    corpus = open_corpus(whole)
+    stream = feed.open_stream(whole, corpus)
+    lost = 0
+    for number, one in zip(steps, before, strict=True):
+        drawn = feed.read_rows(stream, whole, number - 1, 0, 8).tokens[:, :-1]
+        now = told(number)
+        assert [w.count("code-00001.bin has changed") for w in now["damaged"]] == [1] * bool(
+            (drawn == -1).any()
+        )
+        for row, a, b in zip(drawn, one["sequences"], now["sequences"], strict=True):
+            skipped = [d.pop("skipped", []) for d in b["documents"]]
+            assert a["documents"] == b["documents"]
+            places = []
+            for document, runs in zip(b["documents"], skipped, strict=True):
+                first = held.sources["code"].bounds(document["document"])[0]
+                places += [first + n for run in runs for n in range(*run)]
+            assert all(700 <= place < 1400 for place in places)
+            assert len(places) == (row == -1).sum()
+            lost += len(places)
+            clean = "tokens of a damaged shard" not in b["text"]
+            assert (a["text"] == b["text"]) == clean == (not places)
+    assert lost > 100
+    worst = next(n for n, one in zip(steps, before, strict=True) if told(n)["damaged"])
+    assert main(["inspect", "--config", str(file), "--step", str(worst)]) == 0
+    shown = capsys.readouterr().out
+    assert "damaged: " in shown and "(skipped " in shown
+
+
 def test_a_vocabulary_that_is_too_small_is_named(folder: Path):
     small = replace(config(folder), model=ModelConfig(vocab_size=200, loss_chunk=8))
     with pytest.raises(UserError, match="model.vocab_size=200: the tokenizer of .* has 257 ids"):

@@ -30,31 +30,18 @@ def config() -> Config:
     )
 
 
-class Row:
-    """A source of shards as the one row that the stream of a cache reads."""
-
-    def __init__(self, source: StoredSource, dtype: np.dtype) -> None:
-        self._source, self.dtype = source, dtype
-
-    def __len__(self) -> int:
-        return self._source.tokens
-
-    def __getitem__(self, part: slice) -> np.ndarray:
-        return self._source.read(part.start, min(part.stop, len(self)))
-
-
 def guarded(corpus: Corpus, folder: Path, policy: Any, harmed: set[int]) -> Corpus:
     """The corpus with its text in shards in `folder`, some with a flipped bit."""
-    guard, shards = Guard(policy), []
-    for number, part in enumerate(np.array_split(np.asarray(corpus.train), PARTS)):
+    guard, shards, dtype = Guard(policy), [], corpus.heldout.tokens.dtype
+    for number, part in enumerate(np.array_split(corpus.train[:].astype(dtype), PARTS)):
         raw = bytearray(part.tobytes())
         row = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
         raw[7] ^= number in harmed
         path = folder / f"train-{number:05d}.bin"
         path.write_bytes(raw)
-        shards.append(guard.open_shard(path, corpus.train.dtype, row))
-    train: Any = Row(StoredSource("train", shards, np.empty(0, np.int64)), corpus.train.dtype)
-    return with_(corpus, train=train, guard=guard)
+        shards.append(guard.open_shard(path, dtype, row))
+    train = StoredSource("train", shards, np.empty(0, np.int64))
+    return with_(corpus, sources={"train": train}, guard=guard)
 
 
 @pytest.fixture(scope="module")

@@ -61,8 +61,9 @@ def corpus(text_cache: Path) -> Corpus:
         held_out(made, "notes", {"prose": [90, 40]}),
     )
     overlap = dict(made.manifest["overlap"])
-    overlap["print of mixed"] = {made.fingerprint: {"leaking": 2}}
-    overlap["print of notes"] = {made.fingerprint: {"leaking": 0}}
+    source = made.manifest["sources"]["train"]["fingerprint"]
+    overlap["print of mixed"] = {source: {"leaking": 2}}
+    overlap["print of notes"] = {source: {"leaking": 0}}
     return with_(made, others=others, manifest={**made.manifest, "overlap": overlap})
 
 
@@ -99,8 +100,11 @@ def test_a_cap_evaluates_whole_documents_and_is_another_set(corpus: Corpus):
     assert line["domains"]["code"]["bits_per_byte"] == pytest.approx(
         np.sum(code) / 100 / math.log(2) / 100
     )
-    with pytest.raises(UserError, match="eval.tokens=300: the cache's held-out set"):
-        open_sets(config("holdout", tokens=300), corpus)
+    (prepared,) = open_sets(config("holdout", tokens=300), corpus)
+    whole = corpus.heldout
+    count = len(next(iter(prepared.held_out.domains.values())).ends)
+    assert prepared.held_out.fingerprint == f"{whole.fingerprint}/{count}"
+    assert (prepared.held_out.tokens == whole.tokens[: len(prepared.held_out.tokens)]).all()
 
 
 def test_all_sets_without_a_choice_and_none_that_is_not_there(corpus: Corpus):
@@ -121,7 +125,7 @@ def test_a_set_that_was_not_compared_with_this_training_text_is_refused(
     assert not (tmp_path / "run").exists()
     open_sets(config("mixed"), bare)  # what is not evaluated need not have been
     other = with_(corpus, fingerprint="0" * 16)
-    with pytest.raises(UserError, match="was not compared"):
+    with pytest.raises(UserError, match="training text 0{16} is not the data set's"):
         open_sets(config("mixed"), other)
 
 

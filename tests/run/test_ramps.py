@@ -226,10 +226,11 @@ def test_a_run_resumed_within_a_ramp_goes_on_bit_for_bit(
 def test_a_run_of_two_sources_tells_their_code(mesh: Mesh, corpus: Corpus, tmp_path: Path):
     """Of a data set: one is not read to its end, the other again and again."""
     ends = np.fromfile(corpus.folder / "train.ends.bin", "<i8")
+    train = corpus.train[:]
     short = int(np.argmax(ends > 300))  # documents
     sources = {
-        "long": StoredSource("long", [corpus.train], ends),
-        "short": StoredSource("short", [corpus.train[: ends[short]]], ends[: short + 1]),
+        "long": StoredSource("long", [train], ends),
+        "short": StoredSource("short", [train[: ends[short]]], ends[: short + 1]),
     }
     mix = (SourceConfig(name="long"), SourceConfig(name="short", weight=3.0))
     whole = replace(corpus, sources=sources)
