@@ -230,13 +230,14 @@ class Mixture:
         at = 0
         for span in spans:
             view = self._views[sample.source](span.epoch)
+            before = at > 0 < span.start  # the token before it says whether a document begins
+            more = span is spans[-1]  # the token after it is the last target
+            part = view.read(span.start - before, span.stop + more)
             if at:
                 ends[at - 1] = True
-                begins = view.read(max(0, span.start - 1), span.start)[-1:] == self._eot
-                weights[at - 1] = tokens[at - 1] == self._eot and bool(begins.all())
-            more = span is spans[-1]  # the token after it is the last target
-            part = view.read(span.start, span.stop + more)
-            tokens[at : at + len(part)] = part
+                begins = not before or part[0] == self._eot
+                weights[at - 1] = tokens[at - 1] == self._eot and begins
+            tokens[at : at + len(part) - before] = part[before:]
             at += span.stop - span.start
 
     # The plan

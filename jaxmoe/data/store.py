@@ -4,8 +4,10 @@ A source is one long row of tokens: eot, then every document followed by eot. Do
 tokens [ends[i - 1], ends[i]), its eot included, where ends[-1] is 1.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
@@ -71,11 +73,11 @@ class StoredSource:
         self._shards = tuple(_plain(shard) for shard in shards)
         self._open_ends = ends if callable(ends) else lambda: ends
         self._documents = len(self._ends) if documents is None else documents
-        self._starts = np.cumsum([0, *(len(s) for s in self._shards)])
+        self._starts = list(accumulate((len(s) for s in self._shards), initial=0))
 
     @property
     def tokens(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     @property
     def documents(self) -> int:
@@ -88,11 +90,11 @@ class StoredSource:
     def read(self, start: int, stop: int) -> np.ndarray:
         if not 0 <= start <= stop <= self.tokens:
             raise IndexError(f"{self.name}: {start}..{stop} of {self.tokens} tokens")
-        shard = int(np.searchsorted(self._starts, start, "right")) - 1
+        shard = bisect_right(self._starts, start) - 1
         out = np.empty(stop - start, np.int32)
         filled = 0
         while filled < len(out):
-            here = start + filled - int(self._starts[shard])
+            here = start + filled - self._starts[shard]
             part = self._shards[shard][here : here + len(out) - filled]
             out[filled : filled + len(part)] = part
             filled += len(part)
@@ -106,7 +108,7 @@ class StoredSource:
         return start, int(self._ends[document])
 
     def find(self, token: int) -> int:
-        return int(np.searchsorted(self._ends, token, "right")) if token else -1
+        return int(self._ends.searchsorted(token, "right")) if token else -1
 
 
 def _plain(array: np.ndarray) -> np.ndarray:

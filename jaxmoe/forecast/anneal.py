@@ -158,7 +158,7 @@ class _Table:
         rate = schedule.annealing
         fall = -np.diff(rate, prepend=rate[0])
         where = np.flatnonzero(fall)
-        total = np.cumsum(schedule.lr)
+        total = np.cumsum(schedule.progress)
         block = np.unique(np.linspace(0, where.size, min(BLOCKS, where.size) + 1).astype(int))
         parts = [where[a:b] for a, b in zip(block[:-1], block[1:], strict=True)]
         centre = np.array([np.average(p, weights=np.abs(fall[p])) for p in parts])

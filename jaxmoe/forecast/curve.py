@@ -2,12 +2,21 @@
 
 Units: losses in nats per token, learning rates relative to the peak, tokens since the start.
 A step is a number of updates done, so `lr[k - 1]` is the rate that update `k` used.
+
+Where the batch grows, a step is no unit of progress. All optimisers here divide by the size of the
+gradient, which at batches below the critical one is mostly noise, of size B^-1/2. So an update of
+rate lr goes lr B^1/2 along the mean gradient, and the noise that a later decay removes has the
+temperature lr B^-1/2: the square-root scaling rule of Malladi et al. 2022 (arXiv:2205.10287,
+section 5), under which a run is the same function of tokens at every batch. B is relative to the
+largest batch, hence 1 wherever it does not grow, and every formula is then that by steps.
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -30,7 +39,8 @@ class Schedule:
         tokens: cumulative tokens after every update, float64 [steps] (6*N*D overflows int64).
 
     Raises:
-        UserError: empty, unequal lengths, a value not finite, a negative rate, all rates zero.
+        UserError: empty, unequal lengths, a value not finite, a negative rate, all rates zero,
+            tokens that do not rise.
     """
 
     lr: Floats
@@ -53,6 +63,12 @@ class Schedule:
             raise UserError(
                 "schedule: every lr is 0; give rates relative to the peak, so 1 is the top"
             )
+        still = np.flatnonzero(np.diff(tokens, prepend=0.0) <= 0)
+        if still.size:
+            raise UserError(
+                f"schedule: step {still[0] + 1} ends at {tokens[still[0]]} tokens, no more than the"
+                " one before; give tokens since the start of the run"
+            )
         object.__setattr__(self, "lr", _frozen(lr / lr.max()))
         object.__setattr__(self, "tokens", _frozen(tokens))
 
@@ -66,21 +82,59 @@ class Schedule:
     def steps(self) -> int:
         return int(self.lr.size)
 
+    @cached_property
+    def batch(self) -> Floats:
+        """[steps] tokens of each over the largest; exactly 1 (to 1e-6) where all are alike."""
+        tokens = np.diff(self.tokens, prepend=0.0)
+        return _frozen(np.maximum(np.round(tokens / tokens.max(), 6), 1e-6))
+
+    @cached_property
+    def time(self) -> Floats:
+        """[steps] tokens after each, in steps of the largest batch: the number of the step, where
+        all batches are alike."""
+        return _frozen(np.cumsum(self.batch))
+
     @property
     def warmup_end(self) -> int:
-        """The first step whose rate is the peak (to 0.1 %)."""
-        return int(np.argmax(self.lr >= 0.999)) + 1
+        """The first step whose rate is the peak (to 0.1 %).
+
+        Where the batch grows: the peak of those at one batch (optim.batch_rule raises it with the
+        batch), and of the last batch that the rate still rises in.
+        """
+        starts = np.flatnonzero(np.diff(self.batch, prepend=0.0))
+        end = 0
+        for start, stop in itertools.pairwise([*starts.tolist(), self.steps]):
+            own = self.lr[start:stop]
+            peak = start + int(np.argmax(own >= 0.999 * own.max()))
+            end = peak if peak > start or start == 0 else end
+        return end + 1
 
     @property
     def annealing(self) -> Floats:
-        """[steps] `lr` with the warm-up raised to the peak: only what comes after it anneals."""
-        lr = self.lr.copy()
-        lr[: self.warmup_end] = 1.0
-        return lr
+        """[steps] noise of the updates, lr B^-1/2 over its peak, with the warm-up raised to where
+        it ends: only what comes after it anneals."""
+        noise = self.lr / np.sqrt(self.batch)
+        noise /= noise[self.warmup_end - 1 :].max()
+        first = noise[self.warmup_end - 1]
+        noise[: self.warmup_end] = 1.0 if first >= 0.999 else first
+        return noise
+
+    @property
+    def progress(self) -> Floats:
+        """[steps] of each update along the mean gradient, lr B^1/2; 1 is one at the peak rate."""
+        return self.lr * np.sqrt(self.batch)
+
+    @property
+    def warmup_progress(self) -> float:
+        """Of a warm-up at its own peak: its number of steps, where all batches are alike."""
+        peak = float(self.lr[self.warmup_end - 1])
+        rate = 1.0 if peak >= 0.999 else peak
+        return rate * float(np.sqrt(self.batch[: self.warmup_end]).sum())
 
     def lr_sum(self, steps: ArrayLike) -> Floats:
-        """S1 of Tissue et al. 2024, section 3: sum of the relative rates up to each of `steps`."""
-        return np.cumsum(self.lr)[self.index(steps)]
+        """S1 of Tissue et al. 2024, section 3: sum of the relative rates up to each of `steps`,
+        weighed by the square root of the relative batch."""
+        return np.cumsum(self.progress)[self.index(steps)]
 
     def index(self, steps: ArrayLike) -> Ints:
         """Positions of `steps` in the arrays.

@@ -1,7 +1,8 @@
 """Laws of the loss curve: what a fit is, and the first law, of one run under its schedule.
 
 The law. With S the sum of relative learning rates, s = S(t) / S(cut-off) and e(t) the learning
-rate passed through a first-order lag of `tau` steps,
+rate passed through a first-order lag of `tau` steps (where the batch grows: S of rates times
+B^1/2, e of rates over B^1/2, and tau in tokens; curve.py says why),
 
     L(t) = level * (1 - share + share * s^-alpha) * (1 - drop * (1 - e(t)))
 
@@ -72,7 +73,7 @@ PRIOR: dict[str, Prior] = {
     "share": Prior(mean=-0.7, sd=1.4),  # reducible part at the cut-off: 0.05 (late) to 0.85
     "alpha": Prior(mean=np.log(0.35), sd=0.5),  # 0.2 to 0.9; runs of 1,000 steps 0.1 to 0.4
     "drop": Prior(mean=np.log(0.047), sd=0.42),  # sets 0.035 to 0.057; noisy small batches to 0.12
-    "tau": Prior(mean=np.log(0.03), sd=1.0),  # over the run's steps: 0.002 to 0.13
+    "tau": Prior(mean=np.log(0.03), sd=1.0),  # over the run's tokens: 0.002 to 0.13
     "noise": Prior(mean=np.log(0.002), sd=0.8),  # over the loss: 0.0003 to 0.005
     "wander": Prior(mean=np.log(0.2), sd=0.4),  # of the slope, over one e-fold of S
 }
@@ -82,7 +83,7 @@ MAX_POINTS = 64  # more are averaged in equal bins of log S, which keeps a fit a
 SETTLING = 2.0  # warm-ups; the law errs by wander * slope once S has come so far, then as S^-2
 SPAN = 16.0  # observations with S below S(cut-off) / SPAN are left out: another regime
 ANNEAL_WANDER = 0.35  # of `drop`, for the learning rate going from 1 to 0, at the prior `wander`
-TAUS = np.geomspace(0.001, 1.0, 24)  # over the run's steps
+TAUS = np.geomspace(0.001, 1.0, 24)  # over the run's tokens
 GRID = 4096  # blocks that a longer schedule is averaged in before it is lagged
 PARTICLES = 512
 
@@ -125,7 +126,7 @@ class Seen:
     lr: float  # annealed rate at the cut-off
     scale: float  # nats per token, the loss near the cut-off
     slope: float  # |d loss / d log S| near the cut-off
-    horizon: int  # steps of the schedule, the unit of tau
+    horizon: int  # the unit of tau: tokens of the schedule in steps of its largest batch
     log_s: Floats  # [n] log of S over S(cut-off)
     lag: Floats  # [n, len(TAUS)]
     loss: Floats  # [n]
@@ -143,7 +144,8 @@ class WithinRunFit:
     draws: Floats
 
     def parameters(self) -> dict[str, Floats]:
-        """Draws in natural units: nats, fractions, exponents; `tau` in steps."""
+        """Draws in natural units: nats, fractions, exponents; `tau` in steps of the
+        largest batch."""
         p = dict(zip(NAMES, np.exp(self.draws).T, strict=True))
         share = expit(self.draws[:, NAMES.index("share")])
         seen = self.seen
@@ -207,7 +209,7 @@ def _observe(run: Run) -> Seen:
     total = schedule.lr_sum(steps)
     log_s = np.log(total / total[-1])
     rate = schedule.annealing[steps - 1]
-    lag = _lag(schedule, steps, schedule.steps)
+    lag = _lag(schedule, steps, _horizon(schedule))
     scale, slope = _local_line(log_s, loss)
     binned, count = _bin(np.column_stack([log_s, rate, loss, lag]), log_s)
     log_s, weight = binned[:, 0], np.sqrt(count)
@@ -217,7 +219,7 @@ def _observe(run: Run) -> Seen:
         lr=float(rate[-1]),
         scale=scale,
         slope=slope,
-        horizon=schedule.steps,
+        horizon=_horizon(schedule),
         log_s=log_s,
         lag=binned[:, 3:],
         loss=binned[:, 2],
@@ -226,7 +228,7 @@ def _observe(run: Run) -> Seen:
         variance=np.zeros(len(weight)),
     )
     # Right after the warm-up the loss still falls faster than any power law.
-    settling = slope * (SETTLING * schedule.warmup_end / (np.exp(log_s) * total[-1])) ** 2
+    settling = slope * (SETTLING * schedule.warmup_progress / (np.exp(log_s) * total[-1])) ** 2
     covariance = _error_covariance(log_s, binned[:, 1] - bare.lr, bare) + np.diag(settling**2)
     covariance *= np.outer(weight, weight)
     values, vectors = np.linalg.eigh(covariance)
@@ -257,10 +259,12 @@ def _bin(rows: Floats, log_s: Floats) -> tuple[Floats, Floats]:
 
 
 def _lag(schedule: Schedule, steps: ArrayLike, horizon: int) -> Floats:
-    """[k, len(TAUS)] the annealed rate at `steps` behind lags of TAUS * horizon steps."""
-    at = schedule.index(steps) + 1
-    block = -(-schedule.steps // GRID)
-    rate = schedule.annealing
+    """[k, len(TAUS)] the annealed rate at `steps` behind lags of TAUS * horizon steps, each of the
+    largest batch."""
+    at = schedule.time[schedule.index(steps)]
+    whole = np.arange(_horizon(schedule)) + 0.5  # the middles of steps of the largest batch
+    rate = schedule.annealing[np.searchsorted(schedule.time, whole).clip(max=schedule.steps - 1)]
+    block = -(-rate.size // GRID)
     rate = np.concatenate([rate, np.full(-rate.size % block, rate[-1])]).reshape(-1, block).mean(1)
     ends = np.arange(rate.size + 1) * block
     lagged = np.empty((at.size, TAUS.size))
@@ -269,6 +273,10 @@ def _lag(schedule: Schedule, steps: ArrayLike, horizon: int) -> Floats:
         out, _ = lfilter([1.0 - keep], [1.0, -keep], rate, zi=[keep * rate[0]])
         lagged[:, column] = np.interp(at, ends, np.concatenate([rate[:1], out]))
     return lagged
+
+
+def _horizon(schedule: Schedule) -> int:
+    return int(np.ceil(schedule.time[-1]))
 
 
 def _law(draws: Floats, log_s: Floats, lag: Floats, scale: float) -> Floats:

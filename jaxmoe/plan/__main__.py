@@ -13,11 +13,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxmoe import config as config_lib
 from jaxmoe.config import Config
+from jaxmoe.config_check import check
+from jaxmoe.curriculum import curriculum
 from jaxmoe.errors import UserError
 from jaxmoe.plan import aot, page
 from jaxmoe.plan.answer import check_devices, plan, versions
 from jaxmoe.plan.hardware import NAMES, Hardware, find
 from jaxmoe.plan.search import Found, search
+from jaxmoe.plan.stages import pinned
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ROOT / "configs" / "quickstart.py"
@@ -98,15 +101,25 @@ def _plan(args: argparse.Namespace, config: Config, chip: Hardware) -> int:
 
 
 def _compile(args: argparse.Namespace, config: Config) -> int:
-    """Of the train step, for chips that are not here (jaxmoe/plan/aot.py)."""
-    console = Console(stderr=True)
-    with console.status(f"compiling for {args.compile}: minutes for a large mesh"):
-        report = aot.compile_report(config, args.compile)
+    """Of the train step in each of its shapes, for chips that are not here (jaxmoe/plan/aot.py)."""
+    check(config)
+    shapes = curriculum(config).shapes
+    reports = []
+    for shape in shapes:
+        with Console(stderr=True).status(f"compiling for {args.compile}: minutes for a large mesh"):
+            reports.append(aot.compile_report(pinned(config, shape), args.compile))
+        if not args.json:
+            if len(shapes) > 1:
+                _console().rule(f"{shape.batch:,} x {shape.length:,}", align="left")
+            _console().print(aot.render(reports[-1]))
     if args.json:
-        print(json.dumps({**asdict(report), **versions()}))
-    else:
-        _console().print(aot.render(report))
-    return 0 if report.fits else 1
+        found = [asdict(report) for report in reports]
+        if len(shapes) > 1:
+            each = [{"shape": asdict(s), **f} for s, f in zip(shapes, found, strict=True)]
+            print(json.dumps({"stages": each, **versions()}))
+        else:
+            print(json.dumps({**found[0], **versions()}))
+    return 0 if all(report.fits for report in reports) else 1
 
 
 def _search(args: argparse.Namespace, config: Config, chip: Hardware) -> int:

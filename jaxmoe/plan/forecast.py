@@ -8,6 +8,7 @@ last is that of gradients over `replica`, when all stages are done.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,6 +153,26 @@ def whole_run(
         chip_hours=hours,
         dollars=hours * (chip.price if price is None else price),
         kwh=None if chip.watts is None else total * chips * chip.watts / KWH,
+    )
+
+
+def together(runs: Sequence[Run]) -> Run:
+    """Of stages one after another; rates and MFU are means over the run."""
+    days = sum(run.days for run in runs)
+    steps = sum(run.days * DAY / run.seconds_a_step for run in runs)
+    tokens = sum(run.tokens for run in runs)
+    kwh = [run.kwh for run in runs if run.kwh is not None]
+    return Run(
+        mfu=sum(run.mfu * run.days for run in runs) / days,
+        seconds_a_step=days * DAY / steps,
+        tokens_a_second=tokens / (days * DAY),
+        tokens=tokens,
+        flops=sum(run.flops for run in runs),
+        flops_6nd=sum(run.flops_6nd for run in runs),
+        days=days,
+        chip_hours=sum(run.chip_hours for run in runs),
+        dollars=sum(run.dollars for run in runs),
+        kwh=sum(kwh) if len(kwh) == len(runs) else None,
     )
 
 

@@ -10,13 +10,13 @@ from rich.text import Text
 from jaxmoe import mesh as mesh_lib
 from jaxmoe.plan.answer import Answer
 from jaxmoe.plan.forecast import Run
-from jaxmoe.plan.memory import microbatches
 from jaxmoe.plan.search import Found
 
 
 def show(answer: Answer, console: Console) -> None:
-    console.print(Group(_model(answer), _memory(answer), _traffic(answer), _time(answer)))
-    console.print(_money(answer))
+    stages = (_stages(answer),) if answer.stages else ()
+    console.print(Group(_model(answer), *stages))
+    console.print(Group(_memory(answer), _traffic(answer), _time(answer), _money(answer)))
 
 
 def show_found(found: Found, console: Console) -> None:
@@ -25,7 +25,7 @@ def show_found(found: Found, console: Console) -> None:
     for answer in found.best:
         table.add_row(
             mesh_text(answer),
-            str(microbatches(answer.config, answer.devices)),
+            str(answer.microbatches),
             answer.config.model.remat,
             seconds(answer.run.seconds_a_step),
             f"{answer.run.mfu:.1%}",
@@ -66,7 +66,7 @@ def _section(title: str, rows: Sequence[tuple[str, str]], *more: Table | Text) -
 
 
 def _model(answer: Answer) -> Group:
-    c, config = answer.counted, answer.config
+    c, config, shape = answer.counted, answer.config, answer.shape
     chips = f"{answer.devices:,} x {answer.chip.name}"
     return _section(
         "model",
@@ -77,11 +77,36 @@ def _model(answer: Answer) -> Group:
             ("FLOPs a token", f"{c.flops_per_token:.4g} with attention, no recomputation"),
             (
                 "a step",
-                f"{config.train.batch_size:,} sequences of {config.train.seq_len:,}:"
-                f" {config.tokens_per_step:,} tokens, remat={config.model.remat}",
+                f"{shape.batch:,} sequences of {shape.length:,}:"
+                f" {shape.tokens:,} tokens, remat={config.model.remat}",
             ),
         ],
     )
+
+
+def _stages(answer: Answer) -> Group:
+    """Batch and length of each, whether it fits, and its part of the run."""
+    head = ("from step", "tokens", "batch x length", "parts", "memory", "")
+    more = ("step", "MFU", "FLOPs", "days", "price")
+    table = Table(*head, *more, box=None, pad_edge=False)
+    for stage, found in answer.stages:
+        run, shape, used = found.run, stage.shape, found.memory.peak / found.available
+        table.add_row(
+            f"{stage.step:,}",
+            f"{stage.tokens:.4g}",
+            f"{shape.batch:,} x {shape.length:,}",
+            str(shape.accumulate),
+            amount(found.memory.peak),
+            Text(f"{used:.0%}", style="" if found.fits else "bold red"),
+            seconds(run.seconds_a_step),
+            f"{run.mfu:.1%}",
+            f"{run.flops:.3g}",
+            f"{run.days:,.2f}",
+            f"${run.dollars:,.0f}",
+        )
+    shape = answer.shape
+    largest = f"{shape.batch:,} x {shape.length:,} needs the most memory: model to step are its"
+    return Group(Rule("stages of the ramp", align="left"), table, Text(largest))
 
 
 def _memory(answer: Answer) -> Group:

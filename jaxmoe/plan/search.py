@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 from jaxmoe.config import Config, MeshConfig, replace
 from jaxmoe.config_check import check
+from jaxmoe.curriculum import curriculum
 from jaxmoe.errors import UserError
 from jaxmoe.plan.answer import Answer, plan
 from jaxmoe.plan.forecast import step_time
 from jaxmoe.plan.hardware import Hardware
 from jaxmoe.plan.memory import state_bytes
+from jaxmoe.plan.stages import mean_over, pinned, stages
 
 SHOWN = 10
 # Traced at most, fastest first: a trace takes a second or more.
@@ -44,7 +46,12 @@ def search(
     progress: Progress = lambda *_: None,
     traced: int = TRACED,
 ) -> Found:
-    """`progress` is told after each candidate."""
+    """`progress` is told after each candidate.
+
+    Raises:
+        UserError: a rule between fields that no mesh can keep.
+    """
+    check(replace(config, mesh=MeshConfig(context=config.mesh.context)))
     candidates = [
         (c, size) for c in variants(config, n_devices) if (size := _least(c, n_devices)) is not None
     ]
@@ -54,8 +61,7 @@ def search(
         if size > chip.hbm:
             too_large += 1
             continue
-        step, _ = step_time(candidate, n_devices, chip, None, efficiency)
-        timed.append((step.seconds, number, candidate))
+        timed.append((_seconds(candidate, n_devices, chip, efficiency), number, candidate))
     best: list[Answer] = []
     looked_at = 0
     for _, _, candidate in sorted(timed, key=lambda found: found[:2])[:traced]:
@@ -117,10 +123,21 @@ def _divisors(n: int) -> list[int]:
     return sorted({*small, *(n // d for d in small)})
 
 
+def _seconds(config: Config, n_devices: int, chip: Hardware, efficiency: float) -> float:
+    """Of a step, the mean of the run, without what activations move through HBM."""
+    parts = stages(config)
+    found = {
+        shape: step_time(pinned(config, shape), n_devices, chip, None, efficiency)[0].seconds
+        for shape in dict.fromkeys(part.shape for part in parts)
+    }
+    return mean_over(parts, found)
+
+
 def _least(config: Config, n_devices: int) -> int | None:
     """Bytes that a device needs at least; None where something does not divide."""
     ways = n_devices // (config.mesh.model * config.mesh.context)
-    if config.train.batch_size % ways:  # the cheapest rule first
+    shapes = curriculum(config).shapes
+    if any(shape.batch % (ways * shape.accumulate) for shape in shapes):  # the cheapest rule first
         return None
     try:
         check(config)

@@ -1,5 +1,7 @@
 """Fill in the middle: documents turned around, found without an index, and turned back."""
 
+import hashlib
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,9 +9,11 @@ from hypothesis import strategies as st
 from stream_cases import EOT, SPECIALS, numbered
 
 from jaxmoe.data.fim import STRATUM, FimSource, restored, sentinels
+from jaxmoe.data.store import StoredSource
 from jaxmoe.errors import UserError
 
 MARKS = sentinels(SPECIALS, "toy")
+FIRST_VERSION = "1954cc62c659e06601422b87769f8943895bf1b63faa866f24e0b00d5dabca59"
 
 
 def turned(lengths: list[int], rate: float = 0.5, spm: float = 0.5, key: int = 1) -> FimSource:
@@ -84,6 +88,29 @@ def test_epochs_turn_others_but_as_many():
     for one in chosen:  # in each stratum too
         counts = [len({i for i in one if i // STRATUM == k}) for k in range(6)]
         assert all(4 <= count <= 5 for count in counts)
+
+
+def test_the_bytes_are_those_of_the_first_version():
+    """Documents of 0 to 499 tokens; checkpoints and inspect rely on them."""
+    source = turned([(n * 7919) % 500 for n in range(300)], rate=0.4, spm=0.25, key=11)
+    whole = source.read(0, source.tokens)
+    assert hashlib.sha256(whole.astype("<i4").tobytes()).hexdigest() == FIRST_VERSION
+    bounds = [source.bounds(document) for document in range(source.documents)]
+    assert [whole[a:b].tolist() for a, b in bounds] == [source.read(*b).tolist() for b in bounds]
+
+
+def test_a_place_is_found_in_a_few_looks(monkeypatch: pytest.MonkeyPatch):
+    """Of 50,000 documents; halving the strata took 12. Their tables are made once."""
+    source = turned([(n * 7919) % 1000 for n in range(50_000)], rate=0.5)
+    places = range(1, source.tokens, 99_991)
+    expected = [source.find(token) for token in places]
+    looks = []
+    for name in ("find", "bounds"):
+        real = getattr(StoredSource, name)
+        counted = lambda self, at, real=real: looks.append(at) or real(self, at)  # noqa: E731
+        monkeypatch.setattr(StoredSource, name, counted)
+    assert [source.find(token) for token in places] == expected
+    assert len(looks) <= 4 * len(places)
 
 
 def test_a_read_outside_of_it_is_refused():
