@@ -1,4 +1,4 @@
-"""`python -m jaxmoe.forecast`: verify a register, score it, or forecast a run from its records."""
+"""`python -m jaxmoe.forecast`: registers forecasts, verifies and scores them, fits records."""
 
 import argparse
 import dataclasses
@@ -16,8 +16,14 @@ from jaxmoe.errors import UserError
 from jaxmoe.forecast import register
 from jaxmoe.forecast.cli_benchmark import show_benchmark
 from jaxmoe.forecast.cli_points import add_target, fit_points
-from jaxmoe.forecast.curve import Run, Schedule
+from jaxmoe.forecast.cli_register import add_passes, add_register, show_line, show_passes
+from jaxmoe.forecast.curve import Run
 from jaxmoe.forecast.hook_api import Forecast, forecast_final
+from jaxmoe.forecast.ladder import read_ladder
+from jaxmoe.forecast.ladder_register import register_target
+from jaxmoe.forecast.pass_register import PASS_RATES
+from jaxmoe.forecast.register import FORECASTS
+from jaxmoe.forecast.register_beside import read_schedule
 from jaxmoe.forecast.score import Score, score, summarise
 
 EXAMPLES = """examples:
@@ -26,6 +32,8 @@ EXAMPLES = """examples:
   python -m jaxmoe.forecast score --benchmark --data loss_curves
   python -m jaxmoe.forecast fit runs/tiny --at 300
   python -m jaxmoe.forecast fit ladder.csv --params 7e9 --tokens 2e11 --json
+  python -m jaxmoe.forecast register --ladder ladder/records.jsonl --target configs/big.py
+  python -m jaxmoe.forecast passes counts.jsonl --flops 1e21 --run-dir runs/big
 
 exit codes: 0 success, 1 verify found problems, 2 a mistake in what was asked"""
 
@@ -45,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m jaxmoe.forecast", description=__doc__, epilog=EXAMPLES, formatter_class=raw
     )
-    commands = parser.add_subparsers(required=True, metavar="{verify,score,fit}")
+    commands = parser.add_subparsers(required=True, metavar="{verify,score,fit,register,passes}")
 
     def add(name: str, command: Any, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(
@@ -70,20 +78,54 @@ def _parser() -> argparse.ArgumentParser:
         "--eval-set", metavar="NAME", help="held-out set (default: that of the first eval)"
     )
     fit.add_argument("--seed", type=int, default=0, help="of the fit (default 0)")
+    add_register(add("register", _register, "forecast a run from a ladder, before it starts"))
+    add_passes(add("passes", _passes, "forecast pass rates of a larger model, or score them"))
     return parser
+
+
+def _register(args: argparse.Namespace) -> int:
+    """jax is loaded here alone: it counts the target's parameters and FLOPs, and its rates."""
+    ladder = read_ladder(args.ladder)
+    from jaxmoe.config import apply_sets, load
+    from jaxmoe.config_check import check
+    from jaxmoe.data.opened import open_corpus
+    from jaxmoe.run import record
+    from jaxmoe.run.target import target_of
+
+    config = apply_sets(load(args.target), args.set)
+    check(config)
+    run_dir = args.run_dir or Path("runs") / config.name
+    record.check_directory(run_dir, config, "auto")
+    shown: set[str] = set()
+
+    def report(phase: str, done: float) -> None:
+        if phase not in shown | {"list"}:
+            shown.add(phase)
+            print(f"data: {phase} ...", file=sys.stderr, flush=True)
+
+    target = target_of(config, open_corpus(config, report))
+    line = register_target(ladder, target, run_dir, correct=args.correct)
+    return show_line(line, run_dir / FORECASTS, as_json=args.json, console=_console())
+
+
+def _passes(args: argparse.Namespace) -> int:
+    return show_passes(args, _console())
 
 
 def _verify(args: argparse.Namespace) -> int:
     folder = _folder(args.run)
-    problems = register.verify(folder / "forecasts.jsonl")
+    there = (folder / FORECASTS, folder / PASS_RATES)
+    files = [f for f in there if f.exists() or register.anchor_path(f).exists()]
+    problems = [(f, p) for f in files or there[:1] for p in register.verify(f)]
     with_evals = (folder / "evals.jsonl").exists()
     if args.json:
-        found = [dataclasses.asdict(p) for p in problems]
+        found = [{"file": f.name, **dataclasses.asdict(p)} for f, p in problems]
         print(json.dumps({"ok": not problems, "evals_checked": with_evals, "problems": found}))
     elif problems:
-        print(f"{args.run}: {len(problems)} problems", *map(str, problems), sep="\n  ")
+        told = [str(p) if f == there[0] else f"{f.name}: {p}" for f, p in problems]
+        print(f"{args.run}: {len(problems)} problems", *told, sep="\n  ")
     else:
-        lines = len(register.read(folder / "forecasts.jsonl"))
+        lines = sum(len(register.read(f)) for f in files)
         against = "and its evals agree" if with_evals else "(no evals.jsonl to check it against)"
         print(f"{args.run}: {lines} lines, the chain is whole {against}")
     return 1 if problems else 0
@@ -98,7 +140,7 @@ def _score(args: argparse.Namespace) -> int:
         raise UserError("give run directories, or --benchmark --data DIR")
     scores: list[tuple[str, Score]] = []
     for run in args.runs:
-        path = _folder(run) / "forecasts.jsonl"
+        path = _folder(run) / FORECASTS
         problems = register.verify(path)
         if problems:
             raise UserError(f"{run}: not scoring a damaged register: {problems[0]}")
@@ -179,17 +221,7 @@ def load_run(folder: Path, *, eval_set: str | None = None) -> Run:
     """
     folder = _folder(folder)
     config = _object(folder / "config.json")
-    plan = _object(folder / "schedule.json")
-    try:
-        if "tokens" in plan:  # a run whose batch grows
-            schedule = Schedule(lr=np.asarray(plan["lr"]), tokens=np.asarray(plan["tokens"]))
-        else:
-            schedule = Schedule.of(plan["lr"], tokens_per_step=float(plan["tokens_per_step"]))
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder / 'schedule.json'}: {error!r}; it needs lr (a list), and tokens_per_step or"
-            " tokens (a list)"
-        ) from None
+    schedule = read_schedule(folder / "schedule.json")
     rows = register.read_evals(folder / "evals.jsonl")
     names = list(dict.fromkeys(row["set"] for row in rows))
     if not names:

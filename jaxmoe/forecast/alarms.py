@@ -317,15 +317,22 @@ class Band:
     _since: int = 0
     _raised: set[str] = field(default_factory=set)
 
-    def add(self, step: int, loss: float) -> tuple[float, Alarm | None]:
-        """The residual in standard deviations (0 before the path begins), and an alarm."""
+    def at(self, step: int) -> tuple[float, float, float] | None:
+        """The 5, 50 and 95 % quantiles at a step; None before the path begins."""
         steps = [point.step for point in self.path]
         if not steps or step < steps[0]:
-            return 0.0, None
+            return None
         low, middle, high = (
             float(np.interp(step, steps, [getattr(point, name) for point in self.path]))
             for name in ("q05", "median", "q95")
         )
+        return low, middle, high
+
+    def add(self, step: int, loss: float) -> tuple[float, Alarm | None]:
+        """The residual in standard deviations (0 before the path begins), and an alarm."""
+        if (expected := self.at(step)) is None:
+            return 0.0, None
+        low, middle, high = expected
         z = (loss - middle) / max((high - low) / 3.29, 1e-9)
         side = 0 if abs(z) <= self.limit else (1 if z > 0 else -1)
         if side == 0 or side * self._outside < 0:

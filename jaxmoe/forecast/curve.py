@@ -14,7 +14,7 @@ largest batch, hence 1 wherever it does not grow, and every formula is then that
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -28,6 +28,7 @@ __all__ = ["Run", "Schedule", "canonical_observations", "observations_sha256", "
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+SUMS = 16
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -130,6 +131,43 @@ class Schedule:
         peak = float(self.lr[self.warmup_end - 1])
         rate = 1.0 if peak >= 0.999 else peak
         return rate * float(np.sqrt(self.batch[: self.warmup_end]).sum())
+
+    @property
+    def sha256(self) -> str:
+        """Of all rates and tokens, to the end."""
+        parts = (self.lr, self.tokens)
+        return hashlib.sha256(b"".join(p.astype("<f8").tobytes() for p in parts)).hexdigest()
+
+    def summary(self) -> dict[str, Any]:
+        """What a register says of it: its hash, and the parameters that a person would ask for."""
+        full = np.flatnonzero(self.lr >= 0.999)
+        return {
+            "sha256": self.sha256,
+            "steps": self.steps,
+            "tokens": float(self.tokens[-1]),
+            "warmup_end": self.warmup_end,
+            "decay_start": int(full[-1]) + 1,  # the last step at the peak
+            "final": float(self.lr[-1]),  # over the peak
+            "lr_sums": self._sums().tolist(),
+        }
+
+    def agrees(self, summary: Mapping[str, Any]) -> bool:
+        """Whether a summary is of this schedule.
+
+        Its rates come from float32 arithmetic, which another kind of device rounds otherwise: where
+        the hash differs, sums of the rates up to SUMS steps decide, to 1e-6.
+        """
+        if summary.get("sha256") == self.sha256:
+            return True
+        same = (summary.get("steps"), summary.get("tokens")) == (self.steps, self.tokens[-1])
+        sums = np.array(summary.get("lr_sums") or [], np.float64)
+        own = self._sums()
+        return same and sums.shape == own.shape and bool(np.allclose(sums, own, rtol=1e-6, atol=0))
+
+    def _sums(self) -> Floats:
+        """Of the relative rates up to SUMS steps, the last of them the end."""
+        steps = np.round(np.linspace(0, self.steps, SUMS + 1))[1:].astype(np.int64)
+        return np.cumsum(self.lr)[np.maximum(steps, 1) - 1]
 
     def lr_sum(self, steps: ArrayLike) -> Floats:
         """S1 of Tissue et al. 2024, section 3: sum of the relative rates up to each of `steps`,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ import numpy as np
 from jaxmoe.errors import UserError
 from jaxmoe.forecast.curve import Floats, Run, observations_sha256
 from jaxmoe.forecast.laws import MIN_POINTS, Law, WithinRun, usable
+from jaxmoe.forecast.provenance import code_fingerprint
+from jaxmoe.forecast.register import METRIC
 
 __all__ = ["Forecast", "PathPoint", "Quantiles", "forecast_final", "ready"]
 
@@ -50,6 +53,7 @@ class Forecast:
     observations: int
     dropped: int
     observations_sha256: str
+    schedule: Mapping[str, Any]
 
     def json(self) -> str:
         """One line of JSON with every field."""
@@ -83,7 +87,16 @@ class Forecast:
             "train_fingerprint": train_fingerprint,
             "leaking": leaking,
         }
-        return {"kind": "forecast", **where, **tree, **lines, "path": list(tree["path"])}
+        made = {
+            "step": self.cutoff_step,
+            "tokens": self.cutoff_tokens,
+            "horizon_steps": self.target_step - self.cutoff_step,
+            "metric": METRIC,
+            "code": code_fingerprint(),
+            "siblings": [],
+            "laws": {self.law: 1.0},
+        }
+        return {"kind": "forecast", **where, **made, **tree, **lines, "path": list(tree["path"])}
 
 
 def ready(run: Run) -> bool:
@@ -128,16 +141,18 @@ def forecast_final(
         cutoff_tokens=float(tokens[cutoff - 1]),
         target_step=int(target),
         target_tokens=float(tokens[target - 1]),
-        loss=Quantiles(**_named(table[-1])),
+        loss=Quantiles(**named(table[-1])),
         path=tuple(
-            PathPoint(step=int(step), **_named(row)) for step, row in zip(steps, table, strict=True)
+            PathPoint(step=int(step), **named(row)) for step, row in zip(steps, table, strict=True)
         ),
         observations=int(run.steps.size),
         dropped=run.dropped,
         observations_sha256=observations_sha256(run),
+        schedule=run.schedule.summary(),
     )
 
 
-def _named(row: Floats) -> dict[str, float]:
+def named(row: Floats) -> dict[str, float]:
+    """Fields of Quantiles from the five in order."""
     names = ("q05", "q25", "median", "q75", "q95")
     return {name: float(value) for name, value in zip(names, row, strict=True)}

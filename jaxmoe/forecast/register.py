@@ -4,7 +4,10 @@
 one, written after it. Together they show any edited, removed, added, moved or torn line, except
 that whoever rewrites every line *and* the anchor can forge all of it: publish the head (print
 it in a log, mail it) to close that door. Right after a kill the anchor may be one line behind; that
-is no error, and the next `append` mends it.
+is no error, and the next `append` mends it. Each checkpoint of the run holds the count and hash of
+its moment too: a register that was replaced as a whole, anchor included, does not contain them.
+
+A correction is a new forecast with `corrects` (index of the line) and `reason`; both are scored.
 """
 
 import fcntl
@@ -20,19 +23,50 @@ from pathlib import Path
 from typing import Any
 
 from jaxmoe.errors import UserError
-from jaxmoe.forecast.curve import canonical_observations
+from jaxmoe.forecast.register_beside import (
+    checkpoint_heads,
+    eval_problem,
+    observations,
+    postdated,
+    read_evals,
+    run_problems,
+)
 
-__all__ = ["Problem", "anchor_path", "append", "observations", "read", "repair_torn", "verify"]
+__all__ = [
+    "FORECASTS",
+    "METRIC",
+    "Problem",
+    "anchor_path",
+    "append",
+    "contains",
+    "head",
+    "observations",
+    "read",
+    "read_evals",
+    "repair_torn",
+    "verify",
+]
 
 ZEROS = "0" * 64
 LEVELS = {"q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95}
 COMMON = ("config", "set", "set_fingerprint", "target_step", "target_tokens", "loss")
 # The training text that the set was compared with, and documents of it that repeat the set.
 COMPARED = ("train_fingerprint", "leaking")
+# Where and when it was made, of what it speaks, and all that it rests on.
+MADE = (
+    *("step", "tokens", "cutoff_step", "cutoff_tokens", "horizon_steps", "metric", "schedule"),
+    *("code", "siblings", "law", "laws", "observations_sha256"),
+)
+PASSES = ("tasks_sha256", "flops", "buckets")
 FIELDS = {
-    "forecast": (*COMMON, "cutoff_step", "cutoff_tokens", "observations_sha256", "law"),
+    "forecast": (*COMMON, *MADE),
     "outcome": COMMON,
+    "pass rates": (*PASSES, "code", "law", "inputs_sha256", "largest_flops"),
+    "pass rates outcome": PASSES,
 }
+CLOSING = ("outcome", "pass rates outcome")
+FORECASTS = "forecasts.jsonl"  # of losses; its head is in the run's checkpoints
+METRIC = "held-out nats per token"
 SET_BY_APPEND = ("index", "previous")
 
 
@@ -58,11 +92,15 @@ def append(path: str | Path, record: Mapping[str, Any]) -> dict[str, Any]:
     `index` and `previous` are filled in here, and `time` (UTC, ISO 8601) where it is missing.
 
     Raises:
-        UserError: fields are missing or senseless, the register is closed by an outcome, or it is
-            damaged; a damaged register is never extended.
+        UserError: fields are missing or senseless, what a forecast rests on is later than its
+            cut-off, the register is closed by an outcome, or it is damaged; a damaged register is
+            never extended.
     """
     path = Path(path)
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    record = {**record, "time": record.get("time", now)}
     _check_record(record)
+    _refuse_look_ahead(path, record)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # two writers would both build on the same last line
@@ -70,14 +108,14 @@ def append(path: str | Path, record: Mapping[str, Any]) -> dict[str, Any]:
         problems = _chain_problems(lines, torn) + _anchor_problems(path, lines)
         if problems:
             raise UserError(f"{path}: not appending to a damaged register: {problems[0]}")
-        if lines and json.loads(lines[-1])["kind"] == "outcome":
+        if lines and json.loads(lines[-1])["kind"] in CLOSING:
             raise UserError(f"{path}: closed by the outcome in line {len(lines)}; start a new run")
-        now = datetime.now(UTC).isoformat(timespec="seconds")
+        _check_correction(record, lines)
         written = {
             "kind": record["kind"],
             "index": len(lines),
             "previous": _sha256(lines[-1]) if lines else ZEROS,
-            "time": record.get("time", now),
+            "time": record["time"],
             **{k: v for k, v in record.items() if k not in ("kind", "time")},
         }
         line = _dump(written)
@@ -115,6 +153,8 @@ def verify(path: str | Path, evals: str | Path | None = None) -> list[Problem]:
     Args:
         evals: the run's evals.jsonl; None takes the one beside the register, if there is one.
 
+    The schedule, the first start and the checkpoints beside it are compared too, where they are.
+
     Raises:
         UserError: neither the register nor its anchor exists.
     """
@@ -122,12 +162,38 @@ def verify(path: str | Path, evals: str | Path | None = None) -> list[Problem]:
     anchor_only = not path.exists() and anchor_path(path).exists()
     lines, torn = _split(b"" if anchor_only else _bytes(path))
     problems = _chain_problems(lines, torn) + _anchor_problems(path, lines)
+    records = [_parse(line) for line in lines]
     beside = Path(evals) if evals is not None else path.with_name("evals.jsonl")
     if evals is not None or beside.exists():
         rows = read_evals(beside)
-        for number, line in enumerate(lines, 1):
-            problems += _eval_problems(number, _parse(line), rows)
+        for number, record in enumerate(records, 1):
+            if record is not None and (what := eval_problem(record, rows)) is not None:
+                problems.append(Problem(line=number, what=what))
+    problems += [Problem(line=n, what=what) for n, what in run_problems(path.parent, records)]
+    problems += _checkpoint_problems(path) if path.name == FORECASTS else []
     return sorted(problems, key=lambda p: math.inf if p.line is None else p.line)
+
+
+def head(path: str | Path) -> dict[str, Any]:
+    """`count` of lines and `head`, the hash of the last one: what a checkpoint keeps."""
+    path = Path(path)
+    lines = _split(path.read_bytes())[0] if path.exists() else []
+    return {"count": len(lines), "head": _sha256(lines[-1]) if lines else ZEROS}
+
+
+def contains(path: str | Path, known: Any) -> str | None:
+    """None if the register holds the line that `head` once told of; else what is wrong."""
+    path = Path(path)
+    known = known if isinstance(known, dict) else {}
+    count, sha256 = known.get("count"), known.get("head")
+    if type(count) is not int or not isinstance(sha256, str) or count < 0:
+        return f"{known!r} is no line of a register"
+    lines = _split(path.read_bytes())[0] if path.exists() else []
+    if count > len(lines):
+        return f"it had {count} lines, and {path.name} has {len(lines)}: lines were removed"
+    if count and _sha256(lines[count - 1]) != sha256:
+        return f"line {count} of {path.name} was {sha256[:12]}...: the register was replaced"
+    return None
 
 
 def repair_torn(path: str | Path) -> bool:
@@ -156,41 +222,6 @@ def repair_torn(path: str | Path) -> bool:
     return True
 
 
-def read_evals(path: str | Path) -> list[dict[str, Any]]:
-    """Objects of an evals.jsonl, in file order; an unfinished last line is left out.
-
-    Raises:
-        UserError: no such file, or a line that is no JSON object.
-    """
-    path = Path(path)
-    rows = []
-    for number, line in enumerate(_split(_bytes(path))[0], 1):
-        row = _parse(line)
-        if row is None or not {"step", "tokens", "set", "set_fingerprint", "nll"} <= row.keys():
-            raise UserError(
-                f"{path}: line {number} is no eval: step, tokens, set, set_fingerprint, nll"
-            )
-        rows.append(row)
-    return rows
-
-
-def observations(
-    rows: Sequence[Mapping[str, Any]], *, set_fingerprint: str, until: int
-) -> tuple[list[int], list[float]]:
-    """Steps and losses of one held-out set up to a step, as a fit should see them.
-
-    Step 0 is left out: no law of training speaks of it. A row whose step is not beyond the last one
-    replaces what came from there on: that is what a resume or a rollback does to a run.
-    """
-    kept: list[tuple[int, float]] = []
-    for row in rows:
-        if row["set_fingerprint"] == set_fingerprint and 0 < row["step"] <= until:
-            nll = float("nan") if row["nll"] is None else float(row["nll"])
-            kept = [pair for pair in kept if pair[0] < row["step"]] + [(int(row["step"]), nll)]
-    kept = [pair for pair in kept if math.isfinite(pair[1])]
-    return [step for step, _ in kept], [loss for _, loss in kept]
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Anchor:
     count: int
@@ -204,10 +235,16 @@ def _check_record(record: Mapping[str, Any]) -> None:
     missing = [name for name in FIELDS[kind] if name not in record]
     if missing:
         raise UserError(f"a {kind} needs {', '.join(missing)}; give every field")
-    _check_compared(record)
+    if kind in ("forecast", "outcome"):
+        _check_compared(record)
     filled = [name for name in SET_BY_APPEND if name in record]
     if filled:
         raise UserError(f"{', '.join(filled)} is filled in by append; leave it out")
+    if kind.startswith("pass rates"):
+        _check_passes(record)
+        return
+    if kind == "forecast":
+        _check_made(record)
     loss = record["loss"]
     wanted = list(LEVELS) if kind == "forecast" else ["realised"]
     if not isinstance(loss, Mapping) or sorted(loss) != sorted(wanted):
@@ -226,6 +263,72 @@ def _check_compared(record: Mapping[str, Any]) -> None:
         raise UserError(
             f"held-out set {record['set']!r} was not compared with the training text: a"
             f" {record['kind']} needs {' and '.join(COMPARED)}, from python -m jaxmoe.data overlap"
+        )
+
+
+def _check_made(record: Mapping[str, Any]) -> None:
+    """Step, tokens and horizon fit each other; hash of the schedule, weights of the laws."""
+    cutoff, target = record["cutoff_step"], record["target_step"]
+    if not (type(cutoff) is type(target) is int and 0 <= cutoff < target):
+        raise UserError(
+            f"cutoff_step={cutoff!r}: it must be from 0 to under the target's {target!r}"
+        )
+    if record["horizon_steps"] != target - cutoff or record["step"] != cutoff:
+        raise UserError(
+            f"step={record['step']!r}, horizon_steps={record['horizon_steps']!r}: a forecast is"
+            f" made at its cut-off, {cutoff}, for {target - cutoff} steps from there"
+        )
+    if record["metric"] != METRIC:
+        raise UserError(f"metric={record['metric']!r}: a register of losses is of {METRIC}")
+    plan, laws = record["schedule"], record["laws"]
+    if not isinstance(plan, Mapping) or not plan.get("sha256") or plan.get("steps", 0) < target:
+        raise UserError(f"schedule={plan!r}: give Schedule.summary() of the whole run")
+    if not isinstance(laws, Mapping) or abs(sum(laws.values()) - 1) > 1e-6:
+        raise UserError(f"laws={laws!r}: give each law's weight; they add up to 1")
+    if not all(isinstance(s, Mapping) and s.get("sha256") for s in record["siblings"]):
+        raise UserError("siblings: each needs sha256 of its record, and finished")
+
+
+def _check_passes(record: Mapping[str, Any]) -> None:
+    wanted = list(LEVELS) if record["kind"] == "pass rates" else ["realised"]
+    for name, bucket in record["buckets"].items():
+        values = [bucket.get(level) for level in wanted]
+        if not all(isinstance(v, float) and math.isfinite(v) and v > 0 for v in values):
+            raise UserError(f"bucket {name!r}: {bucket!r} needs {', '.join(wanted)}, above 0")
+        if values != sorted(values):
+            raise UserError(f"bucket {name!r}: quantiles must rise from q05 to q95")
+
+
+def _check_correction(record: Mapping[str, Any], lines: Sequence[bytes]) -> None:
+    if "corrects" not in record:
+        return
+    index, reason = record["corrects"], record.get("reason")
+    known = type(index) is int and 0 <= index < len(lines)
+    kind = json.loads(lines[index])["kind"] if known else None
+    if kind != record["kind"]:
+        raise UserError(f"corrects={index!r}: no {record['kind']} is there with that index")
+    if not isinstance(reason, str) or not reason.strip():
+        raise UserError("a correction needs a reason")
+
+
+def _refuse_look_ahead(path: Path, record: Mapping[str, Any]) -> None:
+    """A forecast may rest on nothing later than its cut-off: neither siblings nor evals."""
+    if record["kind"] != "forecast":
+        return
+    if (late := postdated(record)) is not None:
+        raise UserError(late)
+    evals = path.with_name("evals.jsonl")
+    rows = read_evals(evals) if evals.exists() else []
+    if rows and (what := eval_problem(record, rows)) is not None:
+        raise UserError(what)
+    # What the loop makes rests on the evals before its cut-off alone, and a resume may make it when
+    # later ones are there. Who brings other inputs could have chosen them with later evals in view.
+    cutoff, name = record["cutoff_step"], record["set_fingerprint"]
+    later = [row["step"] for row in rows if row["set_fingerprint"] == name and row["step"] > cutoff]
+    if later and (record["siblings"] or cutoff == 0):
+        raise UserError(
+            f"the run has an eval at step {max(later)}, after this forecast's cut-off at step"
+            f" {cutoff}: look-ahead; only a later cut-off can be registered"
         )
 
 
@@ -290,6 +393,14 @@ def _write_anchor(path: Path, *, count: int, head: str) -> None:
             os.close(folder)
 
 
+def _checkpoint_problems(path: Path) -> list[Problem]:
+    problems = []
+    for step, known in checkpoint_heads(path.parent):
+        if (wrong := contains(path, known)) is not None:
+            problems.append(Problem(line=None, what=f"checkpoint {step}: {wrong}"))
+    return problems
+
+
 def _chain_problems(lines: Sequence[bytes], torn: bytes) -> list[Problem]:
     problems = []
     previous, closed = ZEROS, 0
@@ -302,7 +413,7 @@ def _chain_problems(lines: Sequence[bytes], torn: bytes) -> list[Problem]:
             if closed:
                 what = f"follows the outcome of line {closed}, which closed the register"
                 problems.append(Problem(line=number, what=what))
-            closed = number if record.get("kind") == "outcome" else closed
+            closed = number if record.get("kind") in CLOSING else closed
         previous = _sha256(line)
     if torn:
         what = "torn: it has no end; repair_torn removes it if a kill left it"
@@ -346,29 +457,4 @@ def _anchor_problems(path: Path, lines: Sequence[bytes]) -> list[Problem]:
     if anchor.head != heads[anchor.count]:
         what = f"its hash is not the one in {name}: the line or the anchor was edited"
         return [Problem(line=max(anchor.count, 1), what=what)]
-    return []
-
-
-def _eval_problems(
-    number: int, record: Mapping[str, Any] | None, rows: Sequence[Mapping[str, Any]]
-) -> list[Problem]:
-    record = record or {}
-    name, cutoff = record.get("set_fingerprint"), record.get("cutoff_step")
-    if record.get("kind") == "forecast" and isinstance(name, str) and isinstance(cutoff, int):
-        seen = rows[: record.get("evals_lines")]
-        steps, losses = observations(seen, set_fingerprint=name, until=cutoff)
-        sha256 = hashlib.sha256(canonical_observations(steps, losses).encode()).hexdigest()
-        if sha256 != record.get("observations_sha256"):
-            what = (
-                f"evals.jsonl up to step {cutoff} is not what this forecast saw: evals were edited"
-            )
-            return [Problem(line=number, what=what)]
-    if record.get("kind") == "outcome" and isinstance(name, str):
-        target = record.get("target_step")
-        steps, losses = observations(rows, set_fingerprint=name, until=target or 0)
-        realised = (record.get("loss") or {}).get("realised")
-        measured = losses[-1] if steps and steps[-1] == target else None
-        if measured != realised:
-            what = f"outcome {realised!r} is not the eval at step {target}, which is {measured!r}"
-            return [Problem(line=number, what=what)]
     return []

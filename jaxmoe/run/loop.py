@@ -39,7 +39,9 @@ from jaxmoe.run.progress import Display
 from jaxmoe.run.record import RunRecord
 from jaxmoe.run.state import TrainState, abstract_state, init_state, relaid, state_as_saved
 from jaxmoe.run.step import Batch, StepMetrics, add, eval_step, train_step
-from jaxmoe.run.watching import Watching
+from jaxmoe.run.watching import Watching, curves_of
+
+HERE = ("forecast/expected", "forecast/residual")  # nats per token; standard deviations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +88,7 @@ class Trainer:
         self.code = CodeLength()
         self._compiled: dict[Shape, Callable[..., tuple[TrainState, StepMetrics]]] = {}
         self.evaluated: tuple[int, float] | None = None
+        self.standing: dict[str, Any] = {}
 
     @property
     def position(self) -> int:
@@ -97,10 +100,11 @@ class Trainer:
     def prepare(self) -> TrainState:
         """The state to go on from: the newest whole checkpoint's, or a fresh one."""
         self.record.begin(self.config)
-        self.watching = Watching(self.config)
         if jax.process_index() == 0:
             note = partial(self._event, "register")
             self.forecast = ForecastHook(self.config, self.record.folder, self.sets[0], note)
+        planned = self.forecast.planned if self.forecast is not None else None
+        self.watching = Watching(self.config, curves_of(planned))
         self.checkpoints = Checkpoints(
             self.record.folder / record.CHECKPOINTS, self.config.checkpoint
         )
@@ -145,11 +149,12 @@ class Trainer:
         self.meter.restore(meta["seconds"])
         self.record.rewind(step)
         if self.forecast is not None:
-            self.forecast.restore(meta["forecast"])
+            self.forecast.restore(meta["forecast"], meta.get("register"))
         self.watching.freeze(self.forecast.frozen if self.forecast else None)
         self.watching.restore(meta.get("spikes", []), meta["forecast"])
         if meta["forecast"] and meta["forecast"][-1][0] == step:
             self.evaluated = (step, meta["forecast"][-1][1])
+        self._stand()
         self._event("resume", step, f"from checkpoint {step}")
 
     def _consumed(self, step: int, meta: dict[str, Any]) -> int:
@@ -183,6 +188,8 @@ class Trainer:
                 break
             if acts and config.forecast.on_alarm == "stop":
                 self.checkpoints.close()
+                if self.forecast is not None:
+                    self.forecast.settle()
                 raise Alarmed(f"stopped at step {step} by an alarm: {acts}")
             if self.plan.at(step).shape not in self._compiled:
                 pending = self._read(pending)
@@ -289,7 +296,7 @@ class Trainer:
         self._count_code(step, sums)
         self._tell(step, self.watching.after_step(step, nll, norm))
         if due(step, self.config.train.log_every) or step == self.config.train.steps:
-            line = {**self.meter.line(step, metrics), **self.code.line()}
+            line = {**self.meter.line(step, metrics), **self.code.line(), **self.standing}
             self.record.append(record.METRICS, line)
             self.display.show(self.meter.view(step, line, self._known()))
 
@@ -317,6 +324,9 @@ class Trainer:
         if self.evaluated is not None and self.evaluated[0] == step:
             return
         with self.meter.paused():
+            if self.forecast is not None:  # registered before the next loss is known
+                self.forecast.settle()
+                self.watching.freeze(self.forecast.frozen)
             lines = evaluate_sets(self.sets, partial(self._held_out_sums, state))
             for line in lines:
                 tokens = self.plan.tokens(step)
@@ -324,9 +334,17 @@ class Trainer:
             nll = lines[0]["nll"]
             self.evaluated = (step, nll)
             self._tell(step, self.watching.after_eval(step, nll))
+            self._stand()
             if self.forecast is not None:
                 self.forecast.after_eval(step, nll)
-                self.watching.freeze(self.forecast.frozen)
+
+    def _stand(self) -> None:
+        """Where the run stands against its forecasts, since the last eval; for the metrics."""
+        if self.forecast is not None:
+            self.standing = self.forecast.standing()
+            if self.watching.expected is not None:
+                here = (self.watching.expected, self.watching.residual)
+                self.standing |= dict(zip(HERE, here, strict=True))
 
     def held_out_loss(self, state: TrainState) -> float:
         """Nats per token over the whole of the first held-out set."""
@@ -359,6 +377,7 @@ class Trainer:
                 "code": dataclasses.asdict(self.code),
                 "data": self.corpus.fingerprint,
                 "forecast": self.forecast.state() if self.forecast is not None else [],
+                "register": self.forecast.head() if self.forecast is not None else None,
                 "spikes": self.watching.state(),
                 "seconds": self.meter.seconds,
                 "config": config_lib.as_dict(self.config),
@@ -369,12 +388,19 @@ class Trainer:
     def _known(self) -> dict[str, Any]:
         """What the view shows beside the metrics, in bits per byte."""
         unit = self.bits_per_nat
-        latest = self.forecast.latest if self.forecast is not None else None
-        band = latest and tuple(
-            unit * x for x in (latest.loss.median, latest.loss.q05, latest.loss.q95)
-        )
-        held_out = self.evaluated and self.evaluated[1] * unit
-        return {"bits_per_byte": held_out, "forecast": band}
+        known = self.standing
+
+        def bits(*names: str) -> tuple[float, ...] | None:
+            found = [known[key] for n in names if (key := f"forecast/{n}") in known]
+            return tuple(unit * value for value in found) or None
+
+        return {
+            "bits_per_byte": self.evaluated and self.evaluated[1] * unit,
+            "forecast": bits("final", "final_q05", "final_q95"),
+            "registered": bits("registered_final"),
+            "expected": bits("expected"),
+            "residual": known.get("forecast/residual"),
+        }
 
     def _tell(self, step: int, alarms: Sequence[Alarm]) -> None:
         for alarm in alarms:

@@ -23,6 +23,10 @@ class View:
     dead: int = 0  # experts, over all layers
     seconds_left: float | None = None
     forecast: tuple[float, float, float] | None = None  # median and 90 % interval, bits per byte
+    # Of the registered path, which is frozen: its end, and at the last eval; in bits per byte.
+    registered: tuple[float] | None = None
+    expected: tuple[float] | None = None
+    residual: float | None = None  # of the last eval, standard deviations of that path
 
     def words(self) -> list[str]:
         """Each known quantity with its name."""
@@ -34,14 +38,21 @@ class View:
         if self.train_nll is not None:
             words.append(f"loss {self.train_nll:.3f}")
         if self.bits_per_byte is not None:
-            words.append(f"held-out {self.bits_per_byte:.3f} b/B")
+            words.append(f"held-out {self.bits_per_byte:.3f} b/B{self._against_path()}")
         if self.forecast is not None:
             median, low, high = self.forecast
             words.append(f"final forecast {median:.3f} [{low:.3f}, {high:.3f}]")
+        if self.registered is not None:
+            words.append(f"registered {self.registered[0]:.3f}")
         if self.load is not None:
             dead = f", {self.dead} dead" if self.dead else ""
             words.append(f"expert load {self.load[0]:.2f}..{self.load[1]:.2f}{dead}")
         return words
+
+    def _against_path(self) -> str:
+        if self.expected is None or self.residual is None:
+            return ""
+        return f" (registered {self.expected[0]:.3f}, {self.residual:+.1f} sigma)"
 
 
 class Display(Protocol):

@@ -16,12 +16,18 @@ from typing import Any
 from jaxmoe import config as config_lib
 from jaxmoe.config import Config, MeshConfig, replace
 from jaxmoe.errors import UserError
+from jaxmoe.forecast.ladder_register import registered
+from jaxmoe.forecast.pass_register import PASS_RATES
+from jaxmoe.forecast.register import FORECASTS
 
 CONFIG, ENVIRONMENT, SCHEDULE = "config.json", "environment.json", "schedule.json"
 METRICS, EVALS, EVENTS = "metrics.jsonl", "evals.jsonl", "events.jsonl"
-FORECASTS = "forecasts.jsonl"
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer.json"
+REGISTERS = [Path(FORECASTS), Path(PASS_RATES)]
+BEFORE_START = {f"{CONFIG}.tmp", FORECASTS, PASS_RATES} | {
+    f.with_suffix(suffix).name for f in REGISTERS for suffix in (".head.json", ".head.tmp")
+}
 
 
 def recipe(config: Config) -> Config:
@@ -30,23 +36,29 @@ def recipe(config: Config) -> Config:
     return replace(config, name="", mesh=MeshConfig(), checkpoint=default.checkpoint)
 
 
+def run_fingerprint(config: Config) -> str:
+    """Of what decides a run's losses: all but its name, the mesh and how often it is saved."""
+    return config_lib.fingerprint(recipe(config))
+
+
 def check_directory(run_dir: Path, config: Config, resume: str) -> None:
     """Looks, and writes nothing.
 
     Raises:
-        UserError: the directory holds another config's run, a run that `never` forbids to touch,
-            no run where one `must` be, or something that is no run at all.
+        UserError: the directory holds another config's run or forecast, a run that `never` forbids
+            to touch, no run where one `must` be, or something that is no run at all.
     """
     file = run_dir / CONFIG
     if not file.exists():
         if resume == "must":
             raise UserError(f"--resume must: {run_dir} holds no run")
-        # Before config.json is there, nothing of ours is but what a kill left of writing it:
-        # whatever else is there is somebody else's.
+        # Before config.json is there, nothing of ours is but what a kill left of writing it, and
+        # a forecast from before the start: whatever else is there is somebody else's.
         if run_dir.exists() and (
-            not run_dir.is_dir() or any(f.name != f"{CONFIG}.tmp" for f in run_dir.iterdir())
+            not run_dir.is_dir() or any(f.name not in BEFORE_START for f in run_dir.iterdir())
         ):
             raise UserError(f"{run_dir} holds something that is not a run; give another --run-dir")
+        registered(run_dir / FORECASTS, run_fingerprint(config))
         return
     if resume == "never":
         raise UserError(f"--resume never: {run_dir} holds a run already; give another --run-dir")

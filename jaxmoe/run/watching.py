@@ -1,32 +1,56 @@
 """What the loop watches for while it trains: the alarms of jaxmoe.forecast.alarms on its numbers.
 
-All processes watch the same numbers, so they decide alike; the registered path is known to the
+All processes watch the same numbers, so they decide alike; curves of siblings, which come with the
+forecast that was registered before the start, are told to all. The registered path is known to the
 first alone, which writes the register, and its alarms are told but never acted on.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
 from jaxmoe.config import Config
-from jaxmoe.forecast.alarms import Alarm, Band, ShiftWatch, SpikeWatch
+from jaxmoe.curriculum import curriculum
+from jaxmoe.forecast.alarms import (
+    Alarm,
+    Band,
+    ShiftWatch,
+    SpikeWatch,
+    beside,
+    prior_of,
+)
 from jaxmoe.forecast.hook_api import PathPoint
+
+SIBLINGS = 3  # curves from which on the noise of one can be told from the others
 
 
 class Watching:
     """Attributes:
-    residual: of the last held-out loss, in standard deviations of the registered path; None
-        before there is one.
+    expected: of the registered path at the last held-out loss, nats per token; None before it
+        begins.
+    residual: of that loss, in standard deviations of the path.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, curves: Sequence[Sequence[Sequence[float]]] = ()) -> None:
+        """`curves`: of completed siblings, [share of the run's tokens, held-out loss] each."""
         evals = config.train.steps // config.eval.every
         self._config = config
-        self._shift = ShiftWatch(evals, alpha=config.forecast.false_alarms)
+        known: dict[str, Any] = {}
+        if len(curves) >= SIBLINGS:
+            siblings = [(c[:, 0], c[:, 1]) for c in map(np.array, curves)]
+            base = beside(siblings)
+            known = {"prior": prior_of(siblings), "baseline": _by_step(config, base)}
+        self._shift = ShiftWatch(evals, alpha=config.forecast.false_alarms, **known)
         # A batch's loss varies by a few per cent, its gradient's norm by tens.
         loss, norm = SpikeWatch("train loss", floor=0.02), SpikeWatch("gradient norm", floor=0.1)
         self._spikes = (loss, norm)
         self._band: Band | None = None
         self._acts: Alarm | None = None
+        self.expected: float | None = None
         self.residual: float | None = None
 
     def state(self) -> list[list[float]]:
@@ -56,7 +80,9 @@ class Watching:
         found: list[Alarm] = []
         if step > self._config.optim.warmup_steps:
             found = self._acted_on(self._shift.add(step, loss)[1])
-        if self._band is not None:
+        at = self._band.at(step) if self._band is not None else None
+        if self._band is not None and at is not None:
+            self.expected = at[1]
             self.residual, alarm = self._band.add(step, loss)
             found = [*found, alarm] if alarm else found
         return found
@@ -70,3 +96,26 @@ class Watching:
         if found and self._config.forecast.on_alarm != "log":
             self._acts = found[0]
         return found
+
+
+def curves_of(planned: Mapping[str, Any] | None) -> list[list[list[float]]]:
+    """Of the siblings of a registered forecast, as process 0 reads them; told to all processes."""
+    siblings = (planned or {}).get("siblings") or []
+    return _told_to_all([one["curve"] for one in siblings if one.get("curve")])
+
+
+def _by_step(config: Config, base: Callable[[float], float]) -> Callable[[float], float]:
+    plan = curriculum(config)
+    total = plan.tokens(config.train.steps)
+    return lambda step: base(plan.tokens(int(step)) / total)
+
+
+def _told_to_all(value: Any) -> Any:
+    """JSON of process 0."""
+    if jax.process_count() == 1:
+        return value
+    text = json.dumps(value).encode() if jax.process_index() == 0 else b""
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    data = np.zeros(size, np.uint8)
+    data[: len(text)] = np.frombuffer(text, np.uint8)
+    return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(data))))

@@ -15,7 +15,9 @@ from jaxmoe.forecast.__main__ import main as forecast
 TINY = f"{ROOT / 'configs' / 'quickstart.py'}:tiny"
 LINE = re.compile(
     r"step \d+/60  \d+:\d\d left  [\d,]+ tok/s  MFU \d+%  loss \d+\.\d{3}  held-out \d+\.\d{3} b/B"
-    r"(  final forecast \d+\.\d{3} \[\d+\.\d{3}, \d+\.\d{3}\])?  expert load \d\.\d\d\.\.\d+\.\d\d"
+    r"( \(registered \d+\.\d{3}, [+-]\d+\.\d sigma\))?"
+    r"(  final forecast \d+\.\d{3} \[\d+\.\d{3}, \d+\.\d{3}\]  registered \d+\.\d{3})?"
+    r"  expert load \d\.\d\d\.\.\d+\.\d\d"
     r"(, \d+ dead)?"
 )
 
@@ -124,6 +126,7 @@ def test_on_a_terminal_a_bar_is_redrawn_in_place(killed: Killed):
     assert len(ups) >= 3  # the bar and its line of words, drawn over
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen)
     assert re.search(r"step \s*24/24 ", plain)
-    words = r"[\d,]+ tok/s  MFU \d+%  loss \d\.\d+  held-out \d\.\d+ b/B  final forecast"
-    assert re.search(words, plain)
+    words = r"[\d,]+ tok/s  MFU \d+%  loss \d\.\d+  held-out \d\.\d+ b/B"
+    path = r" \(registered \d\.\d+,\s+[+-]\d+\.\d sigma\)\s+final forecast"
+    assert re.search(words + path, plain)
     assert "resume: from checkpoint" in plain
