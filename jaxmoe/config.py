@@ -297,6 +297,8 @@ class MeshConfig(_Strict):
 class CheckpointConfig(_Strict):
     every: Positive = 200  # steps
     keep: Positive = 2
+    # Steps that are saved besides, and kept beyond `keep`: where other schedules branch off.
+    at: tuple[Positive, ...] = ()
     # Parameters a fresh run starts from: what jaxmoe.convert wrote, or a run's folder.
     init_from: str | None = None
 
@@ -336,6 +338,8 @@ class Config(_Strict):
 def load(spec: str) -> Config:
     """`FILE[:FUNCTION]` -> Config. Without a function the one named like the file is called.
 
+    FILE may also be a run's config.json.
+
     Raises:
         UserError: no such file or function, or the function does not return a Config.
     """
@@ -343,6 +347,8 @@ def load(spec: str) -> Config:
     path = Path(file)
     if not path.is_file():
         raise UserError(f"--config {file}: no such file; configs/ has some to start from")
+    if path.suffix == ".json":
+        return _load_json(path)
     function = function or path.stem
     module = import_file(path)
     build = getattr(module, function, None)
@@ -363,6 +369,16 @@ def load(spec: str) -> Config:
             f"--config {spec}: {function}() returned {type(config).__name__}, not Config"
         )
     return config
+
+
+def _load_json(path: Path) -> Config:
+    try:
+        tree = json.loads(path.read_text())
+        return from_json(json.dumps(tree.get("config", tree)))
+    except UserError as error:
+        raise UserError(f"--config {path}: {error}") from None
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"--config {path}: not a run's config: {error}") from None
 
 
 def apply_sets(config: Config, sets: Sequence[str]) -> Config:

@@ -9,8 +9,8 @@ from typing import Any
 from jaxmoe.errors import UserError
 
 
-def import_file(path: Path) -> Any:
-    """Raises UserError with what went wrong in it."""
+def import_file(path: Path, option: str = "--config") -> Any:
+    """Raises UserError with what went wrong in it; `option` is how the user named it."""
     # Named by location, so that two files of the same stem do not collide in sys.modules.
     name = "jaxmoe_config_" + hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
     spec = importlib.util.spec_from_file_location(name, path)
@@ -23,7 +23,7 @@ def import_file(path: Path) -> Any:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"--config {path}: {type(error).__name__}: {error}") from error
+        raise UserError(f"{option} {path}: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(folder)
     return module

@@ -173,6 +173,7 @@ def _describe(config: Config, trainer: Trainer, peak: float, view: Display) -> N
         record.ENVIRONMENT,
         {
             "jaxmoe": jaxmoe.__version__,
+            "code": platform.code_version(),
             "jax": jax.__version__,
             "python": python_platform.python_version(),
             "devices": platform.describe_devices(),

@@ -147,6 +147,21 @@ class DenseFit:
         """[n, t] draws of what would be measured."""
         return self.mixture(target).sample(n, rng)
 
+    def curves(self, target: Points, *, n: int, rng: np.random.Generator) -> Floats:
+        """[n, t] draws of the law alone: exponents and coefficients, without its own error and the
+        noise of runs. The targets of one draw are of one law."""
+        seen = self.points
+        posterior = self.posterior(target.take([0]))
+        scale = float(np.median(seen.loss[np.argsort(seen.flops)[-3:]]))
+        features = self._features(target, scale, float(seen.flops.max()))
+        node = rng.choice(posterior.weight.size, size=n, p=posterior.weight)
+        values, vectors = np.linalg.eigh(posterior.covariance[node])
+        root = vectors * np.sqrt(np.maximum(values, 0.0))[:, None, :]
+        drawn = posterior.coefficients[node]
+        drawn = drawn + np.einsum("cpq,cq->cp", root, rng.standard_normal(drawn.shape))
+        # Nodes are noises times exponents, these innermost.
+        return scale * np.einsum("ctp,cp->ct", features[node % len(features)], drawn)
+
     def _features(self, points: Points, scale: float, top: float) -> Floats:
         law = self.law.features(points, scale)
         excess = (points.flops / top) ** -self.law.constants.transient_power

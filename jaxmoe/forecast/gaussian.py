@@ -59,10 +59,15 @@ class Noise:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Posterior:
-    """Weights [s * g] of the nodes, coefficients [s * g, p], predictions in nats per token."""
+    """Weights [s * g] of the nodes, coefficients [s * g, p], predictions in nats per token.
+
+    A node's coefficients have posterior mean `coefficients` and covariance [s * g, p, p], in units
+    of the design's scale.
+    """
 
     weight: Floats
     coefficients: Floats
+    covariance: Floats
     prediction: Mixture
     fitted: Floats  # [n] posterior mean at the observed runs, nats per token
     level: float  # posterior root mean square of the noise level, a fraction of the scale
@@ -100,6 +105,7 @@ def solve(loss: Floats, design: Design, noise: Noise) -> Posterior:
     return Posterior(
         weight=weight,
         coefficients=mean.reshape(weight.size, width),
+        covariance=inverse.reshape(weight.size, width, width),
         prediction=Mixture(
             weight=weight,
             mean=design.scale * centre.reshape(weight.size, -1),

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from jaxmoe.config import CheckpointConfig
 from jaxmoe.errors import UserError
@@ -34,7 +35,7 @@ class Restored:
 
 
 class Checkpoints:
-    """The checkpoints of a run, newest `keep` of them."""
+    """The checkpoints of a run: the newest `keep` of them, and those of the steps `at`."""
 
     def __init__(self, folder: Path, config: CheckpointConfig) -> None:
         self._folder = folder.absolute()
@@ -43,8 +44,12 @@ class Checkpoints:
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
+        kept = [
+            preservation_policy.LatestN(self._config.keep),
+            preservation_policy.CustomSteps(self._config.at),
+        ]
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=self._config.keep,
+            preservation_policy=preservation_policy.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )

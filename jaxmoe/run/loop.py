@@ -181,7 +181,8 @@ class Trainer:
                 pending = self._read(pending)
                 self.evaluate(step, state)
             acts = self.watching.acts()
-            if step != start and (due(step, config.checkpoint.every) or step == last or acts):
+            saves = due(step, config.checkpoint.every) or step in config.checkpoint.at
+            if step != start and (saves or step == last or acts):
                 pending = self._read(pending)
                 self.save(step, state)
             if step == last:

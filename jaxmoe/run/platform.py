@@ -1,12 +1,15 @@
 """Starts JAX for a run: emulated CPU devices, processes, and this machine's own speed."""
 
 import os
+import subprocess
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import jaxmoe
 from jaxmoe import mesh
 from jaxmoe.config import Config
 from jaxmoe.errors import UserError
@@ -53,3 +56,17 @@ def measured_peak(dtype: str) -> float:
         product(square).block_until_ready()
         best = min(best, time.perf_counter() - begin)
     return 2 * n**3 / best * (1 if on_cpu else jax.device_count())
+
+
+def code_version() -> str:
+    """The package's version and, in a checkout, its commit; "-dirty" where files were changed."""
+    root = Path(__file__).resolve().parents[2]
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*"]
+    # An installed package may lie below somebody else's checkout, whose commit says nothing.
+    env = {**os.environ, "GIT_CEILING_DIRECTORIES": str(root.parent)}
+    try:
+        found = subprocess.run(git, capture_output=True, text=True, timeout=10, env=env)
+    except (OSError, subprocess.TimeoutExpired):  # no git on this machine, or a slow file system
+        return jaxmoe.__version__
+    commit = found.stdout.strip()
+    return f"{jaxmoe.__version__}+{commit}" if found.returncode == 0 else jaxmoe.__version__

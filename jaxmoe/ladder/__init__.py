@@ -1,0 +1,1 @@
+"""Small runs by one recipe: trained, recorded, fitted, and compared with those of a change."""
