@@ -17,6 +17,7 @@ from jaxmoe.forecast import register
 from jaxmoe.forecast.cli_benchmark import show_benchmark
 from jaxmoe.forecast.cli_points import add_target, fit_points
 from jaxmoe.forecast.cli_register import add_passes, add_register, show_line, show_passes
+from jaxmoe.forecast.cli_score import show_scores
 from jaxmoe.forecast.curve import Run
 from jaxmoe.forecast.hook_api import Forecast, forecast_final
 from jaxmoe.forecast.ladder import read_ladder
@@ -24,11 +25,11 @@ from jaxmoe.forecast.ladder_register import register_target
 from jaxmoe.forecast.pass_register import PASS_RATES
 from jaxmoe.forecast.register import FORECASTS
 from jaxmoe.forecast.register_beside import read_schedule
-from jaxmoe.forecast.score import Score, score, summarise
 
 EXAMPLES = """examples:
   python -m jaxmoe.forecast verify runs/tiny
-  python -m jaxmoe.forecast score runs/tiny runs/small --json
+  python -m jaxmoe.forecast score runs/tiny runs/small --picture scores.svg
+  python -m jaxmoe.forecast score runs/tiny --json
   python -m jaxmoe.forecast score --benchmark --data loss_curves
   python -m jaxmoe.forecast fit runs/tiny --at 300
   python -m jaxmoe.forecast fit ladder.csv --params 7e9 --tokens 2e11 --json
@@ -67,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("run", metavar="RUN", type=Path, help="run directory")
     scores = add("score", _score, "score every forecast against the outcome")
     scores.add_argument("runs", metavar="RUN", type=Path, nargs="*", help="run directories")
+    scores.add_argument("--picture", metavar="FILE", type=Path, help="draw to .svg, .png or .html")
     scores.add_argument("--benchmark", action="store_true", help="score all laws on public data")
     scores.add_argument("--data", metavar="DIR", type=Path, help="its points.csv, curves.csv.gz")
     fit = add("fit", _fit, "forecast a final loss: of a run from its evals, or from finished runs")
@@ -133,50 +135,12 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _score(args: argparse.Namespace) -> int:
     if args.benchmark:
-        if args.data is None or args.runs:
-            raise UserError("--benchmark takes --data DIR and no runs")
+        if args.data is None or args.runs or args.picture is not None:
+            raise UserError("--benchmark takes --data DIR, and no runs and no --picture")
         return show_benchmark(args.data, as_json=args.json, console=_console())
     if not args.runs or args.data is not None:
         raise UserError("give run directories, or --benchmark --data DIR")
-    scores: list[tuple[str, Score]] = []
-    for run in args.runs:
-        path = _folder(run) / FORECASTS
-        problems = register.verify(path)
-        if problems:
-            raise UserError(f"{run}: not scoring a damaged register: {problems[0]}")
-        try:
-            scores += [(str(run), s) for s in score(register.read(path))]
-        except UserError as error:
-            raise UserError(f"{run}: {error}") from None
-    summaries = summarise([s for _, s in scores])
-    if args.json:
-        rows = [{"run": run, **dataclasses.asdict(s)} for run, s in scores]
-        print(json.dumps({"scores": rows, "summary": [dataclasses.asdict(s) for s in summaries]}))
-        return 0
-    head = (
-        "run",
-        "seen",
-        "median",
-        "realised",
-        "error",
-        "in 50 %",
-        "in 90 %",
-        "width 90 %",
-        "CRPS",
-    )
-    table = Table(*head, title="forecasts")
-    for run, s in scores:
-        hits = ("yes" if s.inside50 else "no", "yes" if s.inside90 else "no")
-        numbers = (f"{s.median:.4f}", f"{s.realised:.4f}", f"{s.error:+.2%}")
-        table.add_row(run, f"{s.seen:.0%}", *numbers, *hits, f"{s.width90:.2%}", f"{s.crps:.4f}")
-    lead = Table("seen", "forecasts", "|error|", "in 50 %", "in 90 %", "CRPS", title="by lead")
-    for row in summaries:
-        parts = (f"{row.absolute_error:.2%}", f"{row.coverage50:.0%}", f"{row.coverage90:.0%}")
-        lead.add_row(f"{row.low:.0%} to {row.high:.0%}", str(row.count), *parts, f"{row.crps:.4f}")
-    console = _console()
-    console.print(table)
-    console.print(lead)
-    return 0
+    return show_scores(args.runs, as_json=args.json, picture=args.picture, console=_console())
 
 
 def _fit(args: argparse.Namespace) -> int:

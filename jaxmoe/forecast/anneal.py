@@ -1,54 +1,63 @@
 """Loss curves of one model under different learning-rate schedules: fit some, predict the others.
 
-    L(t) = (c + A S(t)^-alpha) * (1 - B * D(t)),    S = sum of relative learning rates
+    L(t) = c + A x - B D(t) x^depth,    x = S(t)^-alpha,    S = sum of relative learning rates
 
 D adds up the drops of the rate, eta_{j-1} - eta_j, each times a kernel of what came since:
 
+    multi-power  1 - (1 + r eta_j^-gamma (S(t) - S(j)))^-beta: Luo et al. 2025 (arXiv:2503.12811)
     lag          1 - exp(-(t - j) / tau), in steps: Tissue et al. 2024 (arXiv:2408.11029), whose
                  S2 with momentum lambda = exp(-1 / tau) is the sum of this
-    multi-power  1 - (1 + r eta_j^-gamma (S(t) - S(j)))^-beta: Luo et al. 2025 (arXiv:2503.12811)
 
-Both papers subtract D; here it multiplies, as in `laws.py`: what annealing gains shrinks with the
-loss, and a long cosine is overestimated otherwise. c and A are projected out (least squares at
-fixed shape, variable projection), the shape is found by Nelder-Mead from fixed starts on a Huber
-loss of relative residuals, every curve weighing the same.
+Both papers subtract D as it is (depth 0), but what annealing gains shrinks as the run goes on:
+depth 1 is a gain in proportion to what can still be reduced. A few curves do not tell the depth, so
+`AnnealStack` takes the mean over it. c, A and B are projected out (non-negative least squares at a
+fixed shape: variable projection) and the shape is found by least squares of relative residuals from
+fixed starts; every curve weighs the same, outliers less (Huber loss at a scale that is learnt).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.optimize import minimize
+from scipy.optimize import least_squares, nnls
 
 from jaxmoe.errors import UserError
 from jaxmoe.forecast.curve import Floats, Ints, Run, Schedule
 
-__all__ = ["KERNELS", "AnnealFit", "AnnealLaw", "AnnealStack"]
+__all__ = ["DEPTHS", "KERNELS", "AnnealFit", "AnnealLaw", "AnnealStack", "AnnealStackFit"]
 
-BLOCKS = 512  # pieces that the drops of a schedule are gathered in
-HUBER = 1e-3  # relative residual from which on points weigh less
-PROJECTIONS = 4  # reweightings for the Huber loss
+BLOCKS = 128  # pieces that the drops of a schedule are gathered in
+OUTLIER = 4.0  # robust standard deviations from which on points weigh less (Huber)
+SMALL = 1e-3  # relative; where residuals are this small the law errs, not the runs
+PASSES = 4  # reweightings
 MIN_POINTS = 12
 WANDER = 0.002  # relative error per e-fold of S beyond the largest fitted
-# Shapes: alpha, log B, then log tau over the longest run; or log r, beta, gamma
-STARTS = {"lag": [[0.5, -3.0, -3.5]], "multi-power": [[0.5, -3.0, 3.0, 0.5, 0.5]]}
-BOUNDS = {
-    "lag": [(0.05, 2.0), (-6.0, 1.0), (-7.0, 0.0)],
-    "multi-power": [(0.05, 2.0), (-6.0, 1.0), (-3.0, 13.0), (0.05, 3.0), (-0.5, 2.0)],
+# Shapes: alpha, then log r, log beta, gamma; or log tau over the longest run
+STARTS = {
+    "multi-power": [[0.5, 3.0, -0.7, 0.5], [0.5, 6.0, -1.5, 1.0]],
+    "lag": [[0.5, -3.5]],
 }
+BOUNDS = {
+    "multi-power": [(0.05, 2.0), (-3.0, 13.0), (-3.0, 1.1), (-0.5, 2.5)],
+    "lag": [(0.05, 2.0), (-7.0, 0.0)],
+}
+SIZES = {"multi-power": [0.1, 1.0, 0.3, 0.3], "lag": [0.1, 1.0]}  # of a step in each
+EVALUATIONS = 100
 KERNELS = tuple(STARTS)
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnnealLaw:
-    """`kernel` is one of KERNELS."""
+    """`kernel` is one of KERNELS, `depth` at least 0."""
 
-    kernel: str = "lag"
+    kernel: str = "multi-power"
+    depth: float = 0.5
 
     @property
     def name(self) -> str:
-        return f"annealing {self.kernel}"
+        return f"annealing {self.kernel} {self.depth:g}"
 
     def fit(self, runs: Sequence[Run]) -> "AnnealFit":
         """One model's runs under several schedules, each with its observations.
@@ -72,36 +81,28 @@ class AnnealLaw:
                 f"{loss.size} held-out losses after the warm-up cannot carry an annealing law; "
                 f"give {MIN_POINTS} or more"
             )
-        weight = np.concatenate(weights)
-        shape = self._search(tables, loss, weight)
-        terms, residual = _project(self.kernel, shape, tables, loss, weight)
-        noise = 1.4826 * float(np.median(np.abs(residual)))
-        last = max(float(t.total[-1]) for t in tables)
+        seen = _Seen(law=self, tables=tables, loss=loss, root=np.sqrt(np.concatenate(weights)))
+        equal, shape = seen.root, seen.search(STARTS[self.kernel])
+        for _ in range(PASSES):
+            size = np.abs(seen.residual(shape))
+            limit = OUTLIER * max(seen.scatter(shape), SMALL)
+            if size.max() <= limit:
+                break
+            seen = replace(seen, root=equal * np.sqrt(np.minimum(1.0, limit / size)))
+            shape = seen.search([shape])
         return AnnealFit(
-            law=self, shape=shape, terms=terms, noise=max(noise, 1e-5), span=span, last=last
+            law=self,
+            shape=shape,
+            terms=seen.terms(shape),
+            noise=max(seen.scatter(shape), 1e-5),
+            span=span,
+            last=max(float(t.total[-1]) for t in tables),
         )
-
-    def _search(self, tables: list["_Table"], loss: Floats, weight: Floats) -> Floats:
-        low, high = np.array(BOUNDS[self.kernel]).T
-
-        def cost(shape: Floats) -> float:
-            inside = np.clip(shape, low, high)
-            _, residual = _project(self.kernel, inside, tables, loss, weight)
-            size = np.abs(residual)
-            huber = np.where(size < HUBER, 0.5 * size**2, HUBER * (size - HUBER / 2))
-            return float(np.sum(weight * huber) * 1e6 + np.sum((shape - inside) ** 2))
-
-        options = {"maxiter": 600, "xatol": 1e-3, "fatol": 1e-6}
-        found = [
-            minimize(cost, start, method="Nelder-Mead", options=options)
-            for start in STARTS[self.kernel]
-        ]
-        return np.clip(min(found, key=lambda r: r.fun).x, low, high)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AnnealFit:
-    """Shape parameters and [c, A] of a law."""
+    """Shape parameters and [c, A, B] of a law."""
 
     law: AnnealLaw
     shape: Floats
@@ -113,7 +114,7 @@ class AnnealFit:
     def predict(self, target: Run, steps: ArrayLike) -> Floats:
         """[k] the law at `steps` of the target's schedule; its observations are not read."""
         table = _Table.of(target.schedule, np.atleast_1d(np.asarray(steps)), self.span)
-        return _features(self.law.kernel, self.shape, table) @ self.terms
+        return _features(self.law, self.shape, table) @ self.terms
 
     def sample(self, target: Run, steps: ArrayLike, *, n: int, rng: np.random.Generator) -> Floats:
         """[n, k] draws: the law, an error that grows with log S, and observation noise."""
@@ -127,19 +128,74 @@ class AnnealFit:
 
 @dataclass(frozen=True, kw_only=True)
 class AnnealStack:
-    """The mean of both kernels' predictions: on three curves no backtest can tell them apart."""
+    """Multi-power laws of all DEPTHS, in equal shares: three curves do not tell them apart."""
 
     laws: tuple[AnnealLaw, ...] = field(
-        default_factory=lambda: tuple(AnnealLaw(kernel=k) for k in KERNELS)
+        default_factory=lambda: tuple(AnnealLaw(depth=depth) for depth in DEPTHS)
     )
 
-    def fit(self, runs: Sequence[Run]) -> tuple[AnnealFit, ...]:
-        return tuple(law.fit(runs) for law in self.laws)
+    def fit(self, runs: Sequence[Run]) -> "AnnealStackFit":
+        """Raises UserError as `AnnealLaw.fit` does."""
+        return AnnealStackFit(fits=tuple(law.fit(runs) for law in self.laws))
 
 
-def predict_mean(fits: Sequence[AnnealFit], target: Run, steps: ArrayLike) -> Floats:
-    """[k] mean of several fits."""
-    return np.mean([fit.predict(target, steps) for fit in fits], axis=0)
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AnnealStackFit:
+    """Several fits of the same runs."""
+
+    fits: tuple[AnnealFit, ...]
+
+    def predict(self, target: Run, steps: ArrayLike) -> Floats:
+        """[k] mean of the fits, nats per token; the target's observations are not read."""
+        return np.mean([fit.predict(target, steps) for fit in self.fits], axis=0)
+
+    def sample(self, target: Run, steps: ArrayLike, *, n: int, rng: np.random.Generator) -> Floats:
+        """[n, k] draws, each of one fit: they part where the fits do."""
+        drawn = [fit.sample(target, steps, n=n, rng=rng) for fit in self.fits]
+        return np.stack(drawn)[rng.integers(len(drawn), size=n), np.arange(n)]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Seen:
+    """The observations [n] of all runs, and the root of their weights."""
+
+    law: AnnealLaw
+    tables: list["_Table"]
+    loss: Floats
+    root: Floats
+
+    def rows(self, shape: Floats) -> Floats:
+        """[n, 3] features over the loss."""
+        parts = [_features(self.law, shape, table) for table in self.tables]
+        return np.concatenate(parts) / self.loss[:, None]
+
+    def terms(self, shape: Floats) -> Floats:
+        """[3] best c, A and B, none below 0."""
+        return nnls(self.rows(shape) * self.root[:, None], self.root)[0]
+
+    def residual(self, shape: Floats) -> Floats:
+        """[n] relative, not weighted."""
+        rows = self.rows(shape)
+        return rows @ nnls(rows * self.root[:, None], self.root)[0] - 1.0
+
+    def scatter(self, shape: Floats) -> float:
+        """Robust standard deviation of the residuals."""
+        return 1.4826 * float(np.median(np.abs(self.residual(shape))))
+
+    def search(self, starts: Sequence[ArrayLike]) -> Floats:
+        """The best shape from any of the starts."""
+        low, high = np.array(BOUNDS[self.law.kernel]).T
+        found = [
+            least_squares(
+                lambda shape: self.root * self.residual(shape),
+                start,
+                bounds=(low, high),
+                x_scale=SIZES[self.law.kernel],
+                max_nfev=EVALUATIONS,
+            )
+            for start in starts
+        ]
+        return np.asarray(min(found, key=lambda r: r.cost).x, np.float64)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -175,27 +231,14 @@ class _Table:
         )
 
 
-def _features(kernel: str, shape: Floats, t: _Table) -> Floats:
-    """[k, 2] what c and A multiply."""
-    if kernel == "lag":
+def _features(law: AnnealLaw, shape: Floats, t: _Table) -> Floats:
+    """[k, 3] what c, A and B multiply."""
+    if law.kernel == "lag":
         since = np.maximum(t.step[:, None] - t.at, 0.0)
-        gain = -np.expm1(-since / np.exp(shape[2]))
+        gain = -np.expm1(-since / np.exp(shape[1]))
     else:
         since = np.maximum(t.total[:, None] - t.after, 0.0)
-        gain = 1.0 - (1.0 + np.exp(shape[2]) * t.rate ** -shape[4] * since) ** -shape[3]
-    annealed = 1.0 - np.exp(shape[1]) * (gain @ t.drop)
-    return np.stack([annealed, annealed * t.total ** -shape[0]], 1)
-
-
-def _project(
-    kernel: str, shape: Floats, tables: list[_Table], loss: Floats, weight: Floats
-) -> tuple[Floats, Floats]:
-    """[2] least-squares c and A under the Huber loss, and the relative residuals [n]."""
-    rows = np.concatenate([_features(kernel, shape, t) for t in tables]) / loss[:, None]
-    root = np.sqrt(weight)
-    terms, residual = np.zeros(2), np.zeros(loss.size)
-    for _ in range(PROJECTIONS):
-        terms = np.linalg.lstsq(rows * root[:, None], root, rcond=None)[0]
-        residual = rows @ terms - 1.0
-        root = np.sqrt(weight * np.minimum(1.0, HUBER / np.maximum(np.abs(residual), 1e-12)))
-    return np.asarray(terms, np.float64), np.asarray(residual, np.float64)
+        grown = 1.0 + np.exp(shape[1]) * t.rate ** -shape[3] * since
+        gain = 1.0 - grown ** -np.exp(shape[2])
+    x = t.total ** -shape[0]
+    return np.stack([np.ones(x.size), x, -(gain @ t.drop) * x**law.depth], 1)

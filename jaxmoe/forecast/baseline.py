@@ -2,9 +2,11 @@
 
 `TwoVariable` is E + A N^-a + B D^-b (Hoffmann et al. 2022, eq. 2) by variable projection: exponents
 on a grid, E, A, B by non-negative least squares of relative residuals, reweighted to a Huber loss,
-runs weighted by compute. `ComputeFloor` shows how little the floor of L(C) is identified.
+runs weighted by compute. Its `bootstrap` resamples the runs: the interval that papers give.
+`ComputeFloor` shows how little the floor of L(C) is identified.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,7 +51,9 @@ class TwoVariable:
             root = np.sqrt(weight * np.minimum(1.0, HUBER / size))
         assert best is not None
         noise = float(np.sqrt(np.average(best[3] ** 2, weights=weight)))
-        return TwoVariableFit(exponents=best[1], terms=best[2], noise=noise)
+        return TwoVariableFit(
+            exponents=best[1], terms=best[2], noise=noise, points=points, weight=root**2
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,10 +63,31 @@ class TwoVariableFit:
     exponents: Floats
     terms: Floats
     noise: float  # relative, of the runs about the law
+    points: Points  # that it saw
+    weight: Floats  # [n] of each in the last fit: compute, and less of outliers
 
     def predict(self, target: Points) -> Floats:
         """[t] nats per token."""
         return _terms(target, *self.exponents) @ self.terms
+
+    def bootstrap(self, target: Points, *, n: int, rng: np.random.Generator) -> Floats:
+        """[n, t] predictions of the law fitted again to runs drawn with replacement.
+
+        Exponents and terms are found anew for each draw; the robust weights are kept.
+        """
+        points = self.points
+        drawn = rng.multinomial(len(points), np.full(len(points), 1 / len(points)), size=n)
+        pairs = [(a, b) for a in EXPONENTS for b in EXPONENTS]
+        weight = drawn * self.weight
+        best, predicted = np.full(n, np.inf), np.zeros((n, len(target)))
+        for a, b in pairs:
+            rows = _terms(points, a, b) / points.loss[:, None]
+            square = np.einsum("rn,np,nq->rpq", weight, rows, rows, optimize=True)
+            terms, error = _non_negative(square, weight @ rows, weight.sum(1))
+            better = error < best
+            best = np.where(better, error, best)
+            predicted[better] = terms[better] @ _terms(target, a, b).T
+        return predicted
 
     def sample(self, target: Points, *, n: int, rng: np.random.Generator) -> Floats:
         """[n, t] the law with the in-sample noise alone: what a usual interval leaves out."""
@@ -136,6 +161,30 @@ def compute_floor(
         pinned=float(-fit[0]),
         forecasts=forecasts,
     )
+
+
+def _non_negative(square: Floats, pull: Floats, total: Floats) -> tuple[Floats, Floats]:
+    """Non-negative least squares of r small problems at once, by trying every set of terms.
+
+    Args:
+        square: [r, p, p] X'WX, and pull: [r, p] X'Wy, and total: [r] y'Wy.
+
+    Returns:
+        Terms [r, p] and squared errors [r].
+    """
+    count, width = pull.shape
+    best, terms = np.full(count, np.inf), np.zeros((count, width))
+    ridge = 1e-12 * np.trace(square, axis1=1, axis2=2)[:, None, None]  # draws of one run alone
+    for chosen in itertools.product([False, True], repeat=width):
+        at = np.flatnonzero(chosen)
+        part = square[:, at[:, None], at] + ridge * np.eye(at.size)
+        found = np.linalg.solve(part, pull[:, at, None])[:, :, 0]
+        error = total - np.einsum("rp,rp->r", found, pull[:, at])
+        better = (found >= 0).all(1) & (error < best)
+        best = np.where(better, error, best)
+        terms[better] = 0.0
+        terms[np.ix_(better, at)] = found[better]
+    return terms, best
 
 
 def _terms(points: Points, a: float, b: float) -> Floats:

@@ -1,8 +1,8 @@
 """`python -m jaxmoe.forecast score --benchmark`: every law on public data, against what is usual.
 
-Two constants, of the width of intervals, are tuned by cross-validation: for each set they are those
-with the best interval score (Gneiting and Raftery 2007, eq. 43, at 90 %) among the ones that cover
-the *other* sets well (COVERED), so no set's outcome tunes its own figure. Medians are not tuned.
+Three constants, of the width of intervals, are tuned by cross-validation: for each set they are
+those with the best interval score (Gneiting and Raftery 2007, eq. 43, at 90 %) among the ones that
+cover the *other* sets well, so no set's outcome tunes its own figure. Medians are not tuned.
 """
 
 import itertools
@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxmoe.forecast import siblings as sibling_law
 from jaxmoe.forecast.alarm_benchmark import earlier, score_alarms
-from jaxmoe.forecast.anneal import AnnealStack, predict_mean
+from jaxmoe.forecast.anneal import AnnealStack
 from jaxmoe.forecast.baseline import TwoVariable
 from jaxmoe.forecast.benchmark_data import Curve, load_curves, load_points
 from jaxmoe.forecast.benchmark_tasks import (
@@ -41,11 +41,17 @@ ORIGINS = (3.0, 10.0, 30.0, 100.0)  # cut-offs that intervals across compute are
 HEADLINE = (10.0, 100.0)
 SIBLING_SHARES = (0.1, 0.2, 0.3, 0.5)
 ALONE_SHARES = (0.2, 0.3, 0.5)
-COVERED = (0.9, 0.8)  # mean over sets, and of the worst, that a constant must cover elsewhere
-WIDTHS = (0.5, 0.6, 0.7, 0.85, 1.0)
-MISFITS = (0.0, 0.004, 0.006, 0.008, 0.012)
-SIBLING_WIDTHS = (0.5, 0.7, 1.0)
-SEEDS = (0.001, 0.002)
+# What a constant must cover elsewhere: mean over sets, and the worst of many sets or of FEW: the
+# worst of three others is a milder test than the worst of nineteen.
+COVERED, WORST, FEW = 0.9, (0.8, 0.85), 10
+WIDTHS = (0.4, 0.5, 0.6, 0.7, 0.85)
+MISFITS = (0.006, 0.008, 0.012)
+FEWS = (0.0, 1.0, 2.0)
+SIBLING_WIDTHS = (0.15, 0.25, 0.35, 0.5, 0.7)
+KNOWN = (4.0, 8.0, 16.0)
+SEEDS = (0.001, 0.002, 0.003)
+RESAMPLES = 200  # of the bootstrap that is the baseline of coverage
+BASELINE = "two-variable law, bootstrap"  # the usual interval, on the tasks across compute
 IN_TIME = frozenset(["modded_nanogpt"])  # sets of runs one after another, named by date
 
 
@@ -119,24 +125,31 @@ def _across(
     fits: list[StackFit] = []
     drawn: list[Mixture] = []
     centre: list[Floats] = []
-    usual = []
+    usual: list[float] = []
+    resampled: dict[str, list[float]] = {}
     for done, task in enumerate(tasks, 1):
         fits.append(Stack().fit(task.seen))
         drawn.append(fits[-1].uncalibrated(task.targets).prune(1e-3))
         centre.append(drawn[-1].predict())
-        usual.append(TwoVariable().fit(task.seen).predict(task.targets)[-1])
+        two = TwoVariable().fit(task.seen)
+        usual.append(two.predict(task.targets)[-1])
+        again = two.bootstrap(task.targets, n=RESAMPLES, rng=np.random.default_rng(done))
+        low, high = np.quantile(again, [0.05, 0.95], axis=0)
+        held = (low <= task.targets.loss) & (task.targets.loss <= high)
+        resampled.setdefault(task.set, []).extend(held)
         tick("across compute", done, len(tasks))
 
     def mixture(i: int, values: Sequence[float]) -> Mixture:
         extra = values[1] * fits[i].spread * centre[i]
-        return drawn[i].calibrated(width=values[0], extra=extra, centre=centre[i])
+        width = fits[i].width(values[0], values[2])
+        return drawn[i].calibrated(width=width, extra=extra, centre=centre[i])
 
     chosen = _cross_validate(
         [task.set for task in tasks],
         [task.targets.loss for task in tasks],
         mixture,
-        [(w, m) for w in WIDTHS for m in MISFITS],
-        "across compute (width, misfit)",
+        list(itertools.product(WIDTHS, MISFITS, FEWS)),
+        "across compute (width, misfit, few)",
         tuned,
     )
     errors = {factor: _Errors() for factor in ORIGINS}
@@ -148,6 +161,7 @@ def _across(
         errors[task.factor].add(task.set, table[1, -1] / truth[-1] - 1)
         base[task.factor].add(task.set, usual[i] / truth[-1] - 1)
         inside.setdefault(task.set, []).extend((table[0] <= truth) & (truth <= table[2]))
+    coverage[BASELINE] = _means(resampled)
     coverage["across compute"] = _means(inside)
     rows = []
     stated = dict(zip(HEADLINE, (("1.1", "0.8"), ("1.4", "1.1")), strict=True))
@@ -199,11 +213,11 @@ def _schedules(curves: Sequence[Curve], tick: Advance) -> list[Row]:
     rows = []
     sizes = schedule_curves(curves)
     for done, (size, (fitted, others)) in enumerate(sizes.items(), 1):
-        fits = AnnealStack().fit([c.exact(WARMUP) for c in fitted])
+        fit = AnnealStack().fit([c.exact(WARMUP) for c in fitted])
         errors = {}
         for curve in others:
             run = curve.exact(WARMUP)
-            error = predict_mean(fits, run, run.steps) / run.loss - 1
+            error = fit.predict(run, run.steps) / run.loss - 1
             errors[curve.family] = 100 * float(np.mean(np.abs(error)))
         value = float(np.mean(list(errors.values())))
         pair = stated.get(size, ("-", "-"))
@@ -232,15 +246,16 @@ def _siblings(
         tick("siblings", done, len(found))
 
     def mixture(i: int, values: Sequence[float]) -> Mixture:
-        constants = replace(sibling_law.DEFAULT, width=values[0], seed=values[1])
+        width, known, seed = values
+        constants = replace(sibling_law.DEFAULT, width=width, known=known, seed=seed)
         return replace(fits[i], law=SiblingLaw(constants=constants)).mixture()
 
     chosen = _cross_validate(
         [task.curve.set for task in tasks],
         [np.array([task.curve.final]) for task in tasks],
         mixture,
-        [(w, s) for w in SIBLING_WIDTHS for s in SEEDS],
-        "siblings (width, seed)",
+        list(itertools.product(SIBLING_WIDTHS, KNOWN, SEEDS)),
+        "siblings (width, known, seed)",
         tuned,
         tick,
     )
@@ -292,7 +307,8 @@ def _lead(
 
 def _coverage_rows(coverage: Mapping[str, Mapping[str, float]]) -> list[Row]:
     rows = []
-    every = {f"{kind}: {name}": v for kind, by in coverage.items() for name, v in by.items()}
+    ours = {kind: by for kind, by in coverage.items() if kind != BASELINE}
+    every = {f"{kind}: {name}": v for kind, by in ours.items() for name, v in by.items()}
     for kind, by in [*coverage.items(), ("all of these", every)]:
         values = 100 * np.array(list(by.values()))
         if not values.size:
@@ -304,9 +320,9 @@ def _coverage_rows(coverage: Mapping[str, Mapping[str, float]]) -> list[Row]:
                 case=f"{kind}: mean of sets; worst",
                 count=int(values.size),
                 baseline="23-67",
-                wanted="85-95; >75",
+                wanted="-" if kind == BASELINE else "85-95; >75",
                 measured=f"{mean:.0f}; {worst:.0f}",
-                met=85 <= mean <= 95 and worst > 75,
+                met=None if kind == BASELINE else 85 <= mean <= 95 and worst > 75,
                 by_set={name: 100 * v for name, v in by.items()},
             )
         )
@@ -371,7 +387,7 @@ def _cross_validate(
 
     def best(others: np.ndarray) -> tuple[float, ...]:
         mean, worst = cover[:, others].mean(1), cover[:, others].min(1)
-        good = (mean >= COVERED[0]) & (worst >= COVERED[1])
+        good = (mean >= COVERED) & (worst >= WORST[others.size < FEW])
         if not good.any():
             return candidates[int(np.argmax(worst))]
         ranked = np.where(good, score[:, others].mean(1), np.inf)

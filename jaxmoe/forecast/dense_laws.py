@@ -63,7 +63,8 @@ class Constants:
     wander_sd: float = 1.0  # of its log
 
     # The third block alone is tuned, by cross-validation across sources (`score --benchmark`).
-    width: float = 0.7  # of the stacked forecast about its median
+    width: float = 0.5  # of the stacked forecast about its median, from many budgets
+    few: float = 2.0  # and from b of them times sqrt(1 + few / (b - 3)): L(C) has three constants
     misfit: float = 0.008  # over the loss, per unit spread of log(D / N) off one frontier
 
 

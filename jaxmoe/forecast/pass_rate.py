@@ -82,9 +82,13 @@ class PassLaw:
         """One bucket: models [n] of compute `flops`, each with its tasks' counts.
 
         Raises:
-            UserError: under MIN_BUDGETS models, or MIN_DECADES of compute.
+            UserError: under MIN_BUDGETS models, or MIN_DECADES of compute, or a compute that is
+                not above 0.
         """
         c = np.atleast_1d(np.asarray(flops, np.float64))
+        wrong = c[~(np.isfinite(c) & (c > 0))]
+        if wrong.size:
+            raise UserError(f"flops={wrong[0]:g}: each model needs a finite compute above 0")
         distinct = np.unique(c)
         if distinct.size < MIN_BUDGETS:
             raise UserError(

@@ -30,6 +30,7 @@ EFFECTIVE = 1.0  # run that those held out in one backtest count for: they err a
 FRONTIER = 0.35  # spread of log(D / N) about its trend in log C up to which C alone is a law
 WORST_SCORE = -4.0  # nats under that of the best law that one backtest may cost
 MAX_SPREAD = 1.5
+CONSTANTS = 3  # of L(C), which budgets must exceed to contradict it
 MISFIT = 4.0  # sigmas from the other runs at which a rung is flagged
 
 
@@ -74,6 +75,7 @@ class Stack:
             weight=weight / weight.sum(),
             backtests=tuple(tests),
             spread=min(frontier_spread(points), MAX_SPREAD),
+            budgets=int(points.budgets.size),
         )
 
 
@@ -85,6 +87,7 @@ class StackFit:
     weight: Floats
     backtests: tuple[Backtest, ...]
     spread: float  # of log(D / N) off one frontier, at most MAX_SPREAD
+    budgets: int  # distinct budgets of compute
 
     @property
     def weights(self) -> dict[str, float]:
@@ -98,7 +101,13 @@ class StackFit:
         drawn = self.uncalibrated(target)
         centre = drawn.predict()
         extra = k.misfit * self.spread * centre
-        return drawn.calibrated(width=k.width, extra=extra, centre=centre)
+        return drawn.calibrated(width=self.width(), extra=extra, centre=centre)
+
+    def width(self, width: float | None = None, few: float | None = None) -> float:
+        """Factor of the members' width: more than `Constants.width` where budgets are few."""
+        k = self.fits[0].law.constants
+        ratio = (k.few if few is None else few) / max(self.budgets - CONSTANTS, 1)
+        return (k.width if width is None else width) * float(np.sqrt(1 + ratio))
 
     def uncalibrated(self, target: Points) -> Mixture:
         """The mixture of the members alone."""

@@ -58,6 +58,10 @@ def test_score(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert abs(found["scores"][1]["error"]) < 0.03
     assert main(["score", str(folder)]) == 0
     assert "by lead" in capsys.readouterr().out
+    picture = folder / "scores.html"
+    assert main(["score", str(folder), "--json", "--picture", str(picture)]) == 0
+    assert json.loads(capsys.readouterr().out)["all"]["count"] == 2
+    assert "forecast over outcome" in picture.read_text()
 
 
 def test_fit_equals_the_hook(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,6 +80,9 @@ MISTAKES = {
     "early": (["fit", "{}", "--at", "60"], "wait for 3"),
     "set": (["fit", "{}", "--eval-set", "x"], "evals.jsonl has stdlib"),
     "no outcome": (["score", "{}/open"], "no outcome"),
+    "picture": (["score", "{}", "--picture", "{}/scores.gif"], "end it in .svg, .png, .html"),
+    "no folder": (["score", "{}", "--picture", "{}/none/scores.svg"], "no such folder"),
+    "benchmark": (["score", "--benchmark", "--data", "{}", "--picture", "a.svg"], "no --picture"),
     "no config": (["fit", "{}/open"], "config.json: no such file"),
 }
 

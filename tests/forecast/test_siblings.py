@@ -9,7 +9,7 @@ from scipy.stats import binom
 
 from jaxmoe.errors import UserError
 from jaxmoe.forecast import Run, SiblingLaw
-from jaxmoe.forecast.siblings import CONFORMAL, usable_siblings
+from jaxmoe.forecast.siblings import CONFORMAL, Constants, usable_siblings
 
 SIZES = [1e7, 3e7, 1e8, 3e8, 1e9]
 LEVELS = [0.05, 0.5, 0.95]
@@ -129,3 +129,18 @@ def test_sibling_draws_match_the_quantiles() -> None:
     assert np.quantile(drawn, LEVELS) == pytest.approx(
         fit.mixture().quantile(LEVELS)[:, 0], rel=0.002
     )
+
+
+def test_the_more_siblings_the_more_their_scatter_counts() -> None:
+    """Of one sibling the prior is narrowed nearly in full, of a hundred hardly."""
+    k = Constants(width=0.25, known=8.0)
+    factors = [k.width_of(n) for n in (0, 1, 8, 100)]
+    assert factors == pytest.approx([0.25, 1 / 3, 0.625, 102 / 108])
+    *donors, whole = recipe(SIZES)
+    fit = SiblingLaw().fit(whole.until(120), donors)
+    wide, narrow = (
+        replace(fit, noise=0.0, law=SiblingLaw(constants=Constants(width=w, seed=0.0))).mixture()
+        for w in (1.0, 0.25)
+    )
+    ratio = np.ptp(narrow.quantile(LEVELS)) / np.ptp(wide.quantile(LEVELS))
+    assert ratio == pytest.approx(Constants(width=0.25).width_of(len(donors)), rel=1e-6)

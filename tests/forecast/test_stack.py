@@ -159,3 +159,19 @@ def test_mixtures() -> None:
     assert both.cdf(np.array([[2.5]]))[0, 0] == pytest.approx(0.75, abs=1e-6)
     narrow = one.calibrated(width=0.5, extra=0.0)
     assert np.diff(narrow.quantile([0.05, 0.95])[:, 0])[0] == pytest.approx(0.16449, abs=1e-4)
+
+
+def test_few_budgets_widen_the_interval() -> None:
+    """Beside what the members know: by sqrt(1 + few / (budgets - 3)), reruns counted once."""
+    truth = dense_truth(np.random.default_rng(10))
+    four, many = (Stack().fit(ladder(truth, budgets=b)) for b in (4, 12))
+    assert (four.budgets, many.budgets) == (4, 12)
+    assert four.width(0.5, 2.0) == pytest.approx(0.5 * np.sqrt(3.0))
+    assert many.width(0.5, 2.0) == pytest.approx(0.5 * np.sqrt(1 + 2 / 9))
+    assert many.width(0.5, 0.0) == 0.5
+    k = many.fits[0].law.constants
+    target = Points.of([1e9], [2e10])
+    own = many.uncalibrated(target)
+    drawn = many.mixture(target)
+    extra = k.misfit * many.spread * own.predict()
+    assert drawn.sd**2 == pytest.approx((many.width() * own.sd) ** 2 + extra**2)
