@@ -88,6 +88,21 @@ class RouterConfig(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TransferConfig(_Strict):
+    """The shape that rates were tuned on, from which they are carried over (jaxmoe/transfer.py).
+    What is not here is the same in both."""
+
+    d_model: Positive
+    n_layers: Positive
+    n_heads: Positive
+    n_kv_heads: Positive
+    d_head: Positive
+    d_ff: Positive
+    d_ff_dense: Natural = 0
+    mla: MlaConfig | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig(_Strict):
     """Shape of the decoder. Letters are the dims' suffixes in tensor names."""
 
@@ -135,6 +150,8 @@ class ModelConfig(_Strict):
     # fewer rows, of all_to_all and all_gather.
     expert_exchange: Literal["auto", "all_to_all", "all_gather", "ragged"] = "auto"
     router: RouterConfig = field(default_factory=RouterConfig)
+    # None: rates and scales are this model's own, whatever its size.
+    transfer: TransferConfig | None = None
 
     # Loss
     logit_soft_cap: Annotated[float, Field(gt=0)] | None = None
@@ -428,7 +445,10 @@ def fingerprint(config: Any) -> str:
 def diff(a: Config, b: Config) -> list[str]:
     """`key: value in a -> value in b` for every leaf that differs."""
     left, right = dict(_leaves(dataclasses.asdict(a))), dict(_leaves(dataclasses.asdict(b)))
-    return [f"{k}: {left[k]!r} -> {right[k]!r}" for k in left if left[k] != right[k]]
+    # A part that is None on one side has no leaves there.
+    keys = [*left, *(k for k in right if k not in left)]
+    pairs = [(k, left.get(k), right.get(k)) for k in keys]
+    return [f"{k}: {x!r} -> {y!r}" for k, x, y in pairs if x != y]
 
 
 def _literal(text: str) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
 
-from jaxmoe import mesh
+from jaxmoe import mesh, transfer
 from jaxmoe.adafactor import scale_by_adafactor
 from jaxmoe.config import Config, OptimConfig
 from jaxmoe.curriculum import curriculum
@@ -92,7 +92,7 @@ def optimizer(
     matrices = map_specs(lambda s: s.is_matrix, specs)
     whole = optax.chain(
         optax.clip_by_global_norm(cfg.clip),
-        _rule(cfg, specs),
+        _carried_over(_rule(cfg, specs), cfg, specs),
         optax.add_decayed_weights(cfg.weight_decay, mask=matrices),
         optax.scale_by_learning_rate(schedule(cfg, steps, factors)),
     )
@@ -170,6 +170,29 @@ def _over_replicas(tx: Any, cfg: OptimConfig) -> optax.GradientTransformation:
         return gathered, state
 
     return optax.GradientTransformation(init, update)
+
+
+def _carried_over(tx: Any, cfg: OptimConfig, specs: Any) -> optax.GradientTransformation:
+    """`tx` with the rate and epsilon of each parameter as transfer.py has them: gradients over its
+    factor of epsilon before, updates times its factor of the rate after. The state is that of `tx`.
+    Decay comes later: it is not times a parameter's own rate."""
+    known = [s for s in jax.tree.leaves(specs, is_leaf=is_spec) if s.base]
+    if not known:
+        return tx
+
+    def rate(spec: Spec) -> float:
+        by_muon = cfg.name == "muon" and spec.is_matrix
+        return transfer.muon_rate(spec) if by_muon else transfer.adam_rate(spec)
+
+    before = map_specs(lambda s: 1 / transfer.epsilon(s), specs)
+    after = map_specs(rate, specs)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates = jax.tree.map(lambda u, factor: u * factor, updates, before)
+        updates, state = tx.update(updates, state, params)
+        return jax.tree.map(lambda u, factor: u * factor, updates, after), state
+
+    return optax.GradientTransformation(tx.init, update)
 
 
 def _rule(cfg: OptimConfig, specs: Any) -> optax.GradientTransformation:

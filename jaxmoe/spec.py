@@ -30,6 +30,8 @@ class Spec:
         init: "normal" draws with std = gain / sqrt(fan_in).
         gain: see init.
         cast: whether the layer uses it in the compute dtype (False: stays float32).
+        base: sizes of its own dims in the model that rates were tuned on (transfer.py); (): here.
+        depth: layers of the model over those of that one, for a parameter inside of a layer.
     """
 
     shape: tuple[int, ...]
@@ -38,6 +40,8 @@ class Spec:
     init: Literal["normal", "zeros", "ones"] = "normal"
     gain: float = 1.0
     cast: bool = True
+    base: tuple[int, ...] = ()
+    depth: float = 1.0
 
     def __post_init__(self) -> None:
         assert len(self.shape) == len(self.axes), (self.shape, self.axes)
@@ -55,6 +59,18 @@ class Spec:
     def fan_in(self) -> int:
         sizes = dict(zip(self.axes, self.shape, strict=True))
         return math.prod(sizes[axis] for axis in self.inputs)
+
+    @property
+    def fan_out(self) -> int:
+        """Of one matrix: what `fan_in` values become; of a vector its size."""
+        return math.prod(self.shape[i] for i in self.own_dims) // self.fan_in
+
+    @property
+    def tuned(self) -> "Spec":
+        """One matrix of it in the model that rates were tuned on."""
+        axes = tuple(self.axes[i] for i in self.own_dims)
+        shape = self.base or tuple(self.shape[i] for i in self.own_dims)
+        return replace(self, shape=shape, axes=axes, base=())
 
     @property
     def is_matrix(self) -> bool:

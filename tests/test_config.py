@@ -21,6 +21,7 @@ from jaxmoe.config import (
     RopeConfig,
     RouterConfig,
     TrainConfig,
+    TransferConfig,
     apply_sets,
     as_dict,
     diff,
@@ -135,11 +136,14 @@ def leaves(tree: Any, *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:
 
 
 def test_json_round_trip() -> None:
-    for config in (CONFIG, with_mla()):
+    shape = TransferConfig(
+        d_model=8, n_layers=1, n_heads=2, n_kv_heads=1, d_head=4, d_ff=16, mla=MLA
+    )
+    for config in (CONFIG, with_mla(), with_model(transfer=shape)):
         assert from_json(json.dumps(as_dict(config))) == config
     ours, default = (dict(leaves(as_dict(c)["model"])) for c in (CONFIG, Config()))
     same = {path for path, value in ours.items() if default[path] == value}
-    assert same == {("mla",)}, "a field that is lost on the way would not show"
+    assert same == {("mla",), ("transfer",)}, "a field that is lost on the way would not show"
     assert from_json("{}") == Config()
     assert from_json('{"model": {"top_k": 1}}').model == ModelConfig(top_k=1)
     assert CONFIG.tokens_per_step == 144

@@ -28,6 +28,7 @@ FLOORS = {
             "jax_versions",
             "tree",
             "spec",
+            "transfer",
             "errors",
         ),
         "forecast",
@@ -37,7 +38,7 @@ FLOORS = {
     3: ("optim", "adafactor", "moments", "data"),
     4: ("run",),
     5: ("plan", "ladder", "evaluate", "convert", "generate", "report"),
-    6: ("train", "supervise", "replay"),
+    6: ("train", "supervise", "replay", "coordinates"),
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 

@@ -2,7 +2,6 @@
 multi-query at K = 1; and multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1).
 """
 
-import math
 from functools import partial
 from typing import Any
 
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec as P
 
-from jaxmoe import context
+from jaxmoe import context, transfer
 from jaxmoe.config import MlaConfig, ModelConfig
 from jaxmoe.kernels.attention import causal_attention, checks_vma, context_attention, pick
 from jaxmoe.kernels.low_precision import einsum
@@ -75,7 +74,7 @@ def attention(
         project = _grouped_qkv if cfg.mla is None else _mla_qkv
         q_BLNH, k, v = named(project(params, x_BLD, places, cfg), QKV)
     with jax.named_scope("attend"):
-        scale = score_scale(cfg.rope, q_BLNH.shape[-1])
+        scale = score_scale(cfg.rope, q_BLNH.shape[-1]) * transfer.attention_scale(cfg)
         cap = cfg.attention_soft_cap
         masked = places.documents_BL is not None
         path = pick(cfg.attention_path, q_BLNH, v, cap, documents=masked, sinks=cfg.attention_sinks)
@@ -115,10 +114,6 @@ def _kv_spec(x: Any) -> Any:
     return tokens("model" if x.shape[2] > 1 else None, None)
 
 
-def _residual_gain(cfg: ModelConfig) -> float:
-    return 1 / math.sqrt(2 * cfg.n_layers)  # GPT-2, section 2.3: residual branches add up
-
-
 # Grouped-query
 
 
@@ -145,7 +140,7 @@ def _grouped_specs(cfg: ModelConfig) -> Attention:
             shape=(n, h, d),
             axes=("heads", "head", "embed"),
             inputs=("heads", "head"),
-            gain=_residual_gain(cfg),
+            gain=transfer.residual_gain(cfg),
         ),
         bq_NH=bias(n, h, axes=("heads", "head")),
         bk_KH=bias(k, h, axes=(kv_heads, "head")),
@@ -208,7 +203,7 @@ def _mla_specs(cfg: ModelConfig, mla: MlaConfig) -> Mla:
             shape=(n, mla.d_value, d),
             axes=("heads", "head", "embed"),
             inputs=("heads", "head"),
-            gain=_residual_gain(cfg),
+            gain=transfer.residual_gain(cfg),
         ),
         sinks_N=_sinks_spec(cfg),
     )

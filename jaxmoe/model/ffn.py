@@ -1,12 +1,12 @@
 """Gated feed-forward of every token: dense layers and shared experts."""
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
+from jaxmoe import transfer
 from jaxmoe.config import ModelConfig
 from jaxmoe.kernels.low_precision import einsum
 from jaxmoe.mesh import tokens
@@ -32,7 +32,7 @@ def ffn_specs(cfg: ModelConfig, width: int) -> Ffn:
             shape=(width, cfg.d_model),
             axes=("ff", "embed"),
             inputs=("ff",),
-            gain=1 / math.sqrt(2 * cfg.n_layers),
+            gain=transfer.residual_gain(cfg),
         ),
     )
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec as P
 
+from jaxmoe import transfer
 from jaxmoe.config import MeshConfig, ModelConfig
 from jaxmoe.context import collected, spread
 from jaxmoe.kernels.cross_entropy import LossSums, cross_entropy, soft_capped
@@ -73,10 +74,15 @@ class Denominators:
 
 
 def lm_specs(cfg: ModelConfig) -> Lm:
+    """All parameters; with `transfer` each knows its sizes in the model that rates are from."""
+    if cfg.transfer is None:
+        return _lm_specs(cfg)
+    return transfer.with_base(_lm_specs(cfg), _lm_specs(transfer.base_model(cfg)))
+
+
+def _lm_specs(cfg: ModelConfig) -> Lm:
     v, d = cfg.vocab_size, cfg.d_model
-    # Rows are looked up, not multiplied: unit variance enters the residual stream. Tied to the head
-    # they are multiplied too, and are drawn as the head is.
-    gain = d**-0.5 if cfg.tie_embeddings else 1.0
+    gain = transfer.embedding_gain(cfg)
     head = Spec(shape=(d, v), axes=("embed", "vocab"), inputs=("embed",))
     return Lm(
         embed_VD=Spec(shape=(v, d), axes=("vocab", "embed"), inputs=(), gain=gain),
@@ -158,6 +164,8 @@ def lm_loss(
     if router is not None:
         balance, z = cfg.router.load_balance_coef, cfg.router.z_coef
         auxiliary = balance * router.load_balance.sum() + z * router.router_z.sum()
+        if cfg.transfer is not None:
+            auxiliary *= transfer.auxiliary_scale(cfg)
         total += auxiliary * weight
     mtp_nll = jnp.stack(nlls) if nlls else jnp.zeros(0, jnp.float32)
     stats = LmStats(router=router, mtp_nll=mtp_nll, by_segment=by_segment)
@@ -187,7 +195,7 @@ def hidden(
 ) -> tuple[Array, Stats]:
     """Final normalised hidden states x_BLD in the compute dtype, spread as context.py says, and
     router sums by segment. tokens_BL in natural order."""
-    x_BLD = _embed(params, tokens_BL, cfg)
+    x_BLD = embedded(params, tokens_BL, cfg)
     x_BLD, stats = run_layers(params.layers, x_BLD, places, cfg, key, layout)
     return from_stream(rms_norm(params.final_norm_D, x_BLD, cfg.norm_eps)), stats
 
@@ -197,7 +205,7 @@ def lm_logits(
 ) -> Array:
     """float32 logits_BLV of the next token; all of them at one time, so for short texts only."""
     x_BLD, _ = hidden(params, tokens_BL, make_places(tokens_BL, documents_BL, cfg), cfg)
-    return _logits(params, collected(x_BLD), cfg)
+    return logits(params, collected(x_BLD), cfg)
 
 
 def mtp_logits(params: Lm, tokens_BL: Array, cfg: ModelConfig) -> list[Array]:
@@ -207,7 +215,7 @@ def mtp_logits(params: Lm, tokens_BL: Array, cfg: ModelConfig) -> list[Array]:
     found = []
     for k, module in enumerate(params.mtp, start=1):
         x_BLD, _ = _mtp(module, params, x_BLD, _ahead(tokens_BL, k), places, cfg)
-        found.append(_logits(params, collected(x_BLD), cfg)[:, :-k])
+        found.append(logits(params, collected(x_BLD), cfg)[:, :-k])
     return found
 
 
@@ -271,7 +279,8 @@ def look_up(embed_VD: Array, tokens_BL: Array) -> Array:
     )
 
 
-def _embed(params: Lm, tokens_BL: Array, cfg: ModelConfig) -> Array:
+def embedded(params: Lm, tokens_BL: Array, cfg: ModelConfig) -> Array:
+    """What enters the residual stream, in the compute dtype."""
     embed_VD = gather(params.embed_VD, lm_specs(cfg).embed_VD, jnp.dtype(cfg.dtype))
     with jax.named_scope("embed"):
         return to_stream(look_up(embed_VD, spread(tokens_BL)))
@@ -280,11 +289,13 @@ def _embed(params: Lm, tokens_BL: Array, cfg: ModelConfig) -> Array:
 def _head(params: Lm, cfg: ModelConfig) -> Array:
     specs, dtype = lm_specs(cfg), jnp.dtype(cfg.dtype)
     if cfg.tie_embeddings:
-        return gather(params.embed_VD, specs.embed_VD, dtype).T
+        head_DV = gather(params.embed_VD, specs.embed_VD, dtype).T
+        return head_DV if cfg.transfer is None else head_DV * transfer.tied_scale(cfg)
     return gather(params.head_DV, specs.head_DV, dtype)
 
 
-def _logits(params: Lm, x_BLD: Array, cfg: ModelConfig) -> Array:
+def logits(params: Lm, x_BLD: Array, cfg: ModelConfig) -> Array:
+    """float32, of final hidden states in natural order."""
     logits_BLV = jnp.einsum(
         "BLD,DV->BLV", x_BLD, _head(params, cfg), preferred_element_type=jnp.float32
     )
@@ -319,7 +330,7 @@ def _mtp(
     """Normalised hidden states one token further: from those before and the tokens ahead."""
     specs, dtype = _mtp_specs(cfg), jnp.dtype(cfg.dtype)
     norm = partial(rms_norm, eps=cfg.norm_eps)
-    e_BLD = norm(module.embed_norm_D, _embed(params, ahead_BL, cfg))
+    e_BLD = norm(module.embed_norm_D, embedded(params, ahead_BL, cfg))
     h_BLD = norm(module.hidden_norm_D, to_stream(x_BLD))
     wembed_DD = gather(module.wembed_DD, specs.wembed_DD, dtype)
     whidden_DD = gather(module.whidden_DD, specs.whidden_DD, dtype)

@@ -9,7 +9,6 @@ since differentiating a switch would keep the residuals of every branch. Where t
 switch, on one shard of experts, it keeps the hidden rows too, if `model.remat` says so.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec as P
 
+from jaxmoe import transfer
 from jaxmoe.config import ModelConfig
 from jaxmoe.kernels import dispatch, exchange
 from jaxmoe.kernels.low_precision import einsum
@@ -78,7 +78,7 @@ def moe_specs(cfg: ModelConfig) -> Moe:
             shape=(e, f, d),
             axes=("experts", "ff", "expert_embed"),
             inputs=("ff",),
-            gain=1 / math.sqrt(2 * cfg.n_layers),
+            gain=transfer.residual_gain(cfg),
         ),
         bgate_EF=bias(f, "ff"),
         bup_EF=bias(f, "ff"),

@@ -6,7 +6,7 @@ does not grow with depth.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec as P
 
-from jaxmoe import mesh
+from jaxmoe import mesh, transfer
 from jaxmoe.config import MeshConfig, ModelConfig
 from jaxmoe.mesh import from_stream, gather, to_stream
 from jaxmoe.model import pipeline
@@ -25,7 +25,7 @@ from jaxmoe.model.moe import moe, moe_specs
 from jaxmoe.model.norm import rms_norm, rms_norm_specs
 from jaxmoe.model.remat import INPUT, named, offloaded, rematerialised
 from jaxmoe.model.router import RouterSums
-from jaxmoe.spec import stack
+from jaxmoe.spec import map_specs, stack
 
 Array = jax.Array
 
@@ -99,12 +99,13 @@ def main_segment(cfg: ModelConfig) -> int:
 
 def layer_specs(cfg: ModelConfig, kind: Kind) -> Layer:
     dense = partial(ffn_specs, width=cfg.d_ff_dense or cfg.d_ff)
-    return Layer(
+    layer = Layer(
         attention_norm_D=rms_norm_specs(cfg.d_model),
         attention=attention_specs(cfg),
         ffn_norm_D=rms_norm_specs(cfg.d_model),
         ffn=moe_specs(cfg) if kind.moe else dense(cfg),
     )
+    return map_specs(lambda s: replace(s, depth=transfer.depth_ratio(cfg)), layer)
 
 
 def layers_specs(cfg: ModelConfig) -> tuple[tuple[Layer, ...], ...]:
@@ -149,10 +150,10 @@ def _one_after_another(
     period: tuple[Kind, ...],
 ) -> tuple[Array, Any]:
     body = partial(_period, period=period, places=places, cfg=cfg)
-    return jax.lax.scan(body, x_BLD, (jax.tree.map(_unstaged, params), keys))
+    return jax.lax.scan(body, x_BLD, (jax.tree.map(unstaged, params), keys))
 
 
-def _unstaged(a: Array) -> Array:
+def unstaged(a: Array) -> Array:
     """A scan wants its dim on every device: over a `stage` axis of size 1 it is, but its type says
     otherwise."""
     return jax.reshard(a, P(None, *tuple(jax.typeof(a).sharding.spec)[1:]))
@@ -219,27 +220,48 @@ def run_layer(
 def _layer(
     params: Layer, x_BLD: Array, places: Places, key: Array | None, *, cfg: ModelConfig, kind: Kind
 ) -> tuple[Array, RouterSums | None]:
-    specs, dtype = layer_specs(cfg, kind), jnp.dtype(cfg.dtype)
+    def attending(x_BLD: Array, params: Layer) -> Array:
+        return attend(params, x_BLD, places, cfg, kind)
 
-    def attend(x_BLD: Array, params: Layer) -> Array:
-        h_BLD = from_stream(rms_norm(params.attention_norm_D, x_BLD, cfg.norm_eps))
-        own = gather(params.attention, specs.attention, dtype)
-        return to_stream(attention(own, h_BLD, places, cfg, kind.window))
-
-    def feed(x_BLD: Array, params: Layer) -> tuple[Array, RouterSums | None]:
-        h_BLD = rms_norm(params.ffn_norm_D, x_BLD, cfg.norm_eps)
-        own = gather(params.ffn, specs.ffn, dtype)
-        if not kind.moe:
-            return to_stream(ffn(own, from_stream(h_BLD), cfg)), None
-        valid_BL = None if places.documents_BL is None else places.documents_BL > 0
-        return moe(own, h_BLD, cfg, valid_BL, key)
+    def feeding(x_BLD: Array, params: Layer) -> tuple[Array, RouterSums | None]:
+        return feed(params, x_BLD, places, cfg, kind, key)
 
     x_BLD = named(x_BLD, INPUT)
-    x_BLD = named(x_BLD + rematerialised(attend, cfg)(x_BLD, params), INPUT)
+    x_BLD = named(x_BLD + rematerialised(attending, cfg)(x_BLD, params), INPUT)
     # Of the experts too: their own VJP keeps only their inputs (moe.py), but the norm's and the
     # router's float32 arrays would wait for all layers.
-    y_BLD, stats = rematerialised(feed, cfg)(x_BLD, params)
+    y_BLD, stats = rematerialised(feeding, cfg)(x_BLD, params)
     return x_BLD + y_BLD, stats
+
+
+def attend(params: Layer, x_BLD: Array, places: Places, cfg: ModelConfig, kind: Kind) -> Array:
+    """What attention adds to the residual stream; from parameters as they rest."""
+    h_BLD = from_stream(rms_norm(params.attention_norm_D, x_BLD, cfg.norm_eps))
+    own = gather(params.attention, layer_specs(cfg, kind).attention, jnp.dtype(cfg.dtype))
+    return _scaled(to_stream(attention(own, h_BLD, places, cfg, kind.window)), cfg)
+
+
+def feed(
+    params: Layer,
+    x_BLD: Array,
+    places: Places,
+    cfg: ModelConfig,
+    kind: Kind,
+    key: Array | None = None,
+) -> tuple[Array, RouterSums | None]:
+    """What the feed-forward or the experts add to it, and what the router did."""
+    h_BLD = rms_norm(params.ffn_norm_D, x_BLD, cfg.norm_eps)
+    own = gather(params.ffn, layer_specs(cfg, kind).ffn, jnp.dtype(cfg.dtype))
+    if not kind.moe:
+        return _scaled(to_stream(ffn(own, from_stream(h_BLD), cfg)), cfg), None
+    valid_BL = None if places.documents_BL is None else places.documents_BL > 0
+    y_BLD, stats = moe(own, h_BLD, cfg, valid_BL, key)
+    return _scaled(y_BLD, cfg), stats
+
+
+def _scaled(y_BLD: Array, cfg: ModelConfig) -> Array:
+    scale = transfer.residual_scale(cfg)
+    return y_BLD if scale == 1 else y_BLD * scale
 
 
 def _split(key: Array | None, number: int, repeats: int) -> Array | None:
