@@ -90,7 +90,7 @@ def solve(loss: Floats, design: Design, noise: Noise) -> Posterior:
     precision = prior + x.transpose(0, 1, 3, 2) @ x
     pull = prior @ design.mean + np.einsum("sgnp,sn->sgp", x, z)
     mean = np.linalg.solve(precision, pull[..., None])[..., 0]
-    inverse = np.linalg.inv(precision)
+    inverse = np.asarray(np.linalg.inv(precision), np.float64)
     evidence = (
         -0.5 * ((z * z).sum(1)[:, None] - np.einsum("sgp,sgp->sg", pull, mean))
         - 0.5 * np.linalg.slogdet(precision)[1]
