@@ -103,15 +103,15 @@ def dense(k: int = 0) -> Config:
 
 def ladder() -> Config:
     """The first rung, what `--config configs/ladder.py` is."""
-    return rung(0)
+    return replace(rung(0), name="ladder")
 
 
 def target_moe() -> Config:
-    return rung(TARGET)
+    return replace(rung(TARGET), name="target_moe")
 
 
 def target_dense() -> Config:
-    return rung(TARGET, experts=1)
+    return replace(rung(TARGET, experts=1), name="target_dense")
 
 
 def _shape(k: int, experts: int, top_k: int) -> ModelConfig:

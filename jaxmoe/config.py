@@ -11,7 +11,6 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from jaxmoe.config_file import import_file
+from jaxmoe.config_file import call, import_file
 from jaxmoe.errors import UserError
 
 __all__ = ["Config", "apply_sets", "diff", "fingerprint", "from_json", "load", "replace"]
@@ -372,15 +371,7 @@ def load(spec: str) -> Config:
     if not callable(build):
         near = _nearest(function, [n for n in vars(module) if not n.startswith("_")])
         raise UserError(f"--config {file}: it has no function {function!r}{near}")
-    try:
-        config = build()
-    except UserError:
-        raise
-    except Exception as error:
-        line = traceback.extract_tb(error.__traceback__)[-1].lineno
-        raise UserError(
-            f"--config {file}: {function}(), line {line}: {type(error).__name__}: {error}"
-        ) from error
+    config = call(build, f"--config {file}: {function}()")
     if not isinstance(config, Config):
         raise UserError(
             f"--config {spec}: {function}() returned {type(config).__name__}, not Config"

@@ -3,6 +3,8 @@
 import hashlib
 import importlib.util
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,3 +29,14 @@ def import_file(path: Path, option: str = "--config") -> Any:
     finally:
         sys.path.remove(folder)
     return module
+
+
+def call(function: Callable[[], Any], where: str) -> Any:
+    """What a function of such a file returns; raises UserError with the line that went wrong."""
+    try:
+        return function()
+    except UserError:
+        raise
+    except Exception as error:
+        line = traceback.extract_tb(error.__traceback__)[-1].lineno
+        raise UserError(f"{where}, line {line}: {type(error).__name__}: {error}") from error

@@ -154,7 +154,6 @@ def _activations(params: Lm, tokens_BL: Array, cfg: ModelConfig) -> dict[str, Ar
     scale = transfer.residual_scale(cfg)
     places = make_places(tokens_BL, None, cfg)
     x_BLD = embedded(params, tokens_BL, cfg)
-    x_BLD = embedded(params, tokens_BL, cfg)
     found: dict[str, list[Array]] = {"embedding": [x_BLD]}
 
     def period(x_BLD: Array, layers: Any, kinds: tuple[Kind, ...]) -> tuple[Array, Any]:
@@ -238,7 +237,9 @@ def checked(
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, list[Row]]:
     """Rows over the widths and over the depths, each times the base's."""
-    mesh = mesh_lib.build(config.mesh)
+    # Of a host with more devices than these small models need, the first.
+    wanted = mesh_lib.devices_wanted(config.mesh, 1)
+    mesh = mesh_lib.over(config.mesh, jax.devices()[:wanted])
     known: dict[Config, Row] = {}
     rows: dict[str, list[Row]] = {"width": [], "depth": []}
     for axis, factors in (("width", widths), ("depth", depths)):

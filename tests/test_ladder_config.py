@@ -113,4 +113,4 @@ def test_the_table_has_every_rung(capsys: pytest.CaptureFixture[str]) -> None:
         *map(str, range(8)),
         "17",
     ] * 2
-    assert config_lib.load(f"{FILE}:target_moe").name == "ladder-moe8-17"
+    assert config_lib.load(f"{FILE}:target_moe").name == "target_moe"

@@ -25,6 +25,7 @@ from jaxmoe.convert import families
 from jaxmoe.convert.links import links
 from jaxmoe.errors import UserError
 from jaxmoe.run.params import TRAINING_ONLY
+from jaxmoe.transfer import tuned_at
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 # True of the files, of training or of generation, and not of what a token's logits are.
@@ -312,6 +313,7 @@ def test_what_is_ours_alone_may_have_any_value() -> None:
     ("cfg", "fields"),
     [
         (replace(MOE, logit_soft_cap=30.0), ["model.logit_soft_cap=30.0"]),
+        (replace(MOE, transfer=tuned_at(MOE)), ["model.transfer"]),
         (replace(MOE, attention_soft_cap=50.0), ["model.attention_soft_cap=50.0"]),
         (replace(MOE, n_shared_experts=1), ["model.n_shared_experts=1"]),
         (replace(MOE, sliding_window=8, global_every=4), ["model.global_every=4"]),
@@ -364,6 +366,6 @@ def test_no_field_of_a_model_is_forgotten() -> None:
         family, _ = families.from_hf(hf)
         read |= family.read(hf).keys()
     common = {"vocab_size", "d_model", "n_layers", "tie_embeddings", "norm_eps", "n_heads", "rope"}
-    refused = {"attention_soft_cap", "logit_soft_cap"}
+    refused = {"attention_soft_cap", "logit_soft_cap", "transfer"}
     ours = {name for name in TRAINING_ONLY if "." not in name}
     assert known - read - common - refused - ours == set()
