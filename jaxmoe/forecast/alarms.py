@@ -40,7 +40,7 @@ KEPT = 24  # newest starts of shifts that are followed: older ones would have sh
 ALLOWANCE, LIMIT, LARGEST = 1.0, 10.0, 4.0
 
 _LOOK = {
-    "spike": "the batch: python -m jaxmoe.data inspect RUN_DIR --step {step}; then the router's load",
+    "spike": "the batch: jaxmoe.data inspect RUN_DIR --step {step}; then the router's load",
     "shift": "what changed at step {step}: data, learning rate, a restart; then experts, devices",
     "drift": "the learning rate and the router's load since step {step}",
     "left the band": "the recipe: is it the ladder's? then data and learning rate",
