@@ -435,7 +435,7 @@ def fingerprint(config: Any) -> str:
 
 def diff(a: Config, b: Config) -> list[str]:
     """`key: value in a -> value in b` for every leaf that differs."""
-    left, right = dict(_leaves(dataclasses.asdict(a))), dict(_leaves(dataclasses.asdict(b)))
+    left, right = dict(leaves(dataclasses.asdict(a))), dict(leaves(dataclasses.asdict(b)))
     # A part that is None on one side has no leaves there.
     keys = [*left, *(k for k in right if k not in left)]
     pairs = [(k, left.get(k), right.get(k)) for k in keys]
@@ -487,9 +487,10 @@ def _explain(error: Any) -> str:
     return f"{key}={error['input']!r}: {error['msg']}"
 
 
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of what `as_dict` gives."""
     for key, value in tree.items():
         if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value

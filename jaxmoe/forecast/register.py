@@ -27,6 +27,7 @@ from jaxmoe.forecast.register_beside import (
     checkpoint_heads,
     eval_problem,
     observations,
+    parsed,
     postdated,
     read_evals,
     run_problems,
@@ -140,7 +141,7 @@ def read(path: str | Path) -> list[dict[str, Any]]:
         )
     records = []
     for number, line in enumerate(lines, 1):
-        record = _parse(line)
+        record = parsed(line)
         if record is None:
             raise UserError(f"{path}: line {number} is not a JSON object; run verify")
         records.append(record)
@@ -162,7 +163,7 @@ def verify(path: str | Path, evals: str | Path | None = None) -> list[Problem]:
     anchor_only = not path.exists() and anchor_path(path).exists()
     lines, torn = _split(b"" if anchor_only else _bytes(path))
     problems = _chain_problems(lines, torn) + _anchor_problems(path, lines)
-    records = [_parse(line) for line in lines]
+    records = [parsed(line) for line in lines]
     beside = Path(evals) if evals is not None else path.with_name("evals.jsonl")
     if evals is not None or beside.exists():
         rows = read_evals(beside)
@@ -341,14 +342,6 @@ def _dump(record: Mapping[str, Any]) -> bytes:
         ) from None
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        value = json.loads(line)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
-
-
 def _split(data: bytes) -> tuple[list[bytes], bytes]:
     """Complete lines without their newline, and what is left of an unfinished one."""
     *lines, torn = data.split(b"\n")
@@ -370,7 +363,7 @@ def _read_anchor(path: Path) -> _Anchor | None:
     file = anchor_path(path)
     if not file.exists():
         return None
-    value = _parse(file.read_bytes()) or {}
+    value = parsed(file.read_bytes()) or {}
     count, head = value.get("count"), value.get("head")
     if not isinstance(count, int) or not isinstance(head, str):
         return _Anchor(count=-1, head="")
@@ -405,7 +398,7 @@ def _chain_problems(lines: Sequence[bytes], torn: bytes) -> list[Problem]:
     problems = []
     previous, closed = ZEROS, 0
     for number, line in enumerate(lines, 1):
-        record = _parse(line)
+        record = parsed(line)
         if record is None:
             problems.append(Problem(line=number, what="not a JSON object: edited or damaged"))
         else:

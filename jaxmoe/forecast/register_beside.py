@@ -20,6 +20,7 @@ __all__ = [
     "checkpoint_heads",
     "eval_problem",
     "observations",
+    "parsed",
     "postdated",
     "read_evals",
     "read_schedule",
@@ -42,7 +43,7 @@ def read_evals(path: str | Path) -> list[dict[str, Any]]:
     rows = []
     *lines, _ = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
-        row = _parse(line)
+        row = parsed(line)
         if row is None or not {"step", "tokens", "set", "set_fingerprint", "nll"} <= row.keys():
             raise UserError(
                 f"{path}: line {number} is no eval: step, tokens, set, set_fingerprint, nll"
@@ -168,7 +169,7 @@ def checkpoint_heads(folder: Path) -> Iterator[tuple[int, Any]]:
     for meta in sorted((folder / "checkpoints").glob("*/meta/metadata")):
         step = meta.parent.parent.name
         if step.isdigit():
-            found = _parse(meta.read_bytes()) or {}
+            found = parsed(meta.read_bytes()) or {}
             if found.get("register") is not None:
                 yield int(step), found["register"]
 
@@ -195,13 +196,14 @@ def _began(folder: Path) -> datetime | None:
     events = folder / "events.jsonl"
     if events.exists():
         for line in events.read_bytes().split(b"\n")[:-1]:
-            row = _parse(line) or {}
+            row = parsed(line) or {}
             if row.get("what") == "start":
                 return when(row.get("time"))
     return None
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def parsed(line: bytes) -> dict[str, Any] | None:
+    """The object of a line; None where it is none."""
     try:
         value = json.loads(line)
     except ValueError:

@@ -92,10 +92,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _register(args: argparse.Namespace) -> int:
-    """By the forecast's own command, which this one spares the record's path."""
+    """By the forecast's own command, once the recipe is known to be the ladder's."""
+    from jaxmoe.config import apply_sets, load
     from jaxmoe.forecast.__main__ import main as forecast
-    from jaxmoe.ladder.reading import file_of
+    from jaxmoe.ladder.reading import check_recipe, file_of, open_ladder
 
+    check_recipe(open_ladder(*args.ladders), apply_sets(load(args.target), args.set))
     files = [str(file_of(place)) for place in args.ladders]
     words = ["register", "--ladder", *files, "--target", args.target]
     words += [word for one in args.set for word in ("--set", one)]

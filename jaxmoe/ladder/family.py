@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,6 +17,7 @@ from jaxmoe.config_file import import_file
 from jaxmoe.curriculum import curriculum
 from jaxmoe.errors import UserError
 from jaxmoe.optim import rates
+from jaxmoe.run import record
 
 __all__ = ["DIAL", "Family", "load_family", "numbers", "recipe", "recipe_fingerprint"]
 
@@ -100,8 +101,8 @@ def load_family(spec: str, sets: Sequence[str] = ()) -> Family:
 def recipe(config: Config, varies: Sequence[str] = ()) -> dict[str, Any]:
     """Leaves by dotted key, JSON values, without those of DIAL and `varies`."""
     loose = (*DIAL, *varies)
-    leaves = _leaves(config_lib.as_dict(config))
-    return {k: v for k, v in leaves.items() if not any(fnmatchcase(k, one) for one in loose)}
+    leaves = config_lib.leaves(config_lib.as_dict(config))
+    return {k: v for k, v in leaves if not any(fnmatchcase(k, one) for one in loose)}
 
 
 def recipe_fingerprint(leaves: dict[str, Any]) -> str:
@@ -177,16 +178,11 @@ def _range(part: str) -> range:
     return range(int(low), int(high) + 1) if dots else range(int(low), int(low) + 1)
 
 
-def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        inner = isinstance(value, dict)
-        found |= _leaves(value, f"{prefix}{key}.") if inner else {prefix + key: value}
-    return found
+def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(leaf, in a, in b) of recipes."""
+    return [(k, a.get(k), b.get(k)) for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
 
 
 def differences(a: Config, b: Config) -> list[str]:
     """Leaves that decide losses and differ, `key: a -> b`."""
-    bare = Config()
-    strip = lambda c: replace(c, name="", mesh=bare.mesh, checkpoint=bare.checkpoint)  # noqa: E731
-    return config_lib.diff(strip(a), strip(b))
+    return config_lib.diff(record.recipe(a), record.recipe(b))

@@ -10,11 +10,9 @@ import os
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from jaxmoe import config as config_lib
 from jaxmoe.config import Config, replace
 from jaxmoe.errors import UserError
 from jaxmoe.ladder import records
@@ -23,6 +21,7 @@ from jaxmoe.ladder.family import (
     annealed_at,
     decay_start,
     differences,
+    differing,
     recipe,
     recipe_fingerprint,
     shortened,
@@ -120,8 +119,7 @@ def is_done(point: Point, folder: Path, family: Family, rows: Sequence[dict[str,
     ours = recipe(point.config, family.varies)
     if row["recipe_fingerprint"] != recipe_fingerprint(ours):
         before = row.get("recipe", {})
-        keys = sorted(k for k in {*ours, *before} if ours.get(k) != before.get(k))
-        named = "; ".join(f"{k}: {before.get(k)!r} -> {ours.get(k)!r}" for k in keys)
+        named = "; ".join(f"{k}: {x!r} -> {y!r}" for k, x, y in differing(before, ours))
         raise UserError(
             f"{folder}: rung {point.rung} is recorded by another recipe ({named}); give another"
             " --out"
@@ -149,21 +147,13 @@ def branch_off(point: Point, folder: Path) -> bool:
     shutil.rmtree(part, ignore_errors=True)
     copy = part / record.CHECKPOINTS / str(point.branch)
     shutil.copytree(saved, copy, copy_function=_linked)
+    own = record.RunRecord(part, writes=True)
+    own.begin(point.config)
     for name in (record.EVALS, record.METRICS):
         rows = [r for r in record.read_lines(trunk / name) if r["step"] <= point.branch]
-        (part / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tree = {
-        "fingerprint": config_lib.fingerprint(point.config),
-        "config": config_lib.as_dict(point.config),
-    }
-    (part / record.CONFIG).write_text(json.dumps(tree, indent=2) + "\n")
-    event = {
-        "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
-        "step": point.branch,
-        "what": "branch",
-        "why": f"off {point.trunk} at step {point.branch}",
-    }
-    (part / record.EVENTS).write_text(json.dumps(event) + "\n")
+        own.text(name, "".join(json.dumps(row) + "\n" for row in rows))
+    why = f"off {point.trunk} at step {point.branch}"
+    own.event("branch", step=point.branch or 0, why=why)
     part.rename(run)
     return True
 

@@ -13,14 +13,12 @@ from typing import Any
 from filelock import FileLock
 
 from jaxmoe import config as config_lib
-from jaxmoe.config import Config
 from jaxmoe.curriculum import curriculum
 from jaxmoe.errors import UserError
 from jaxmoe.forecast import register
 from jaxmoe.ladder.family import recipe, recipe_fingerprint
-from jaxmoe.model.cost import cost
 from jaxmoe.run import record
-from jaxmoe.run.target import router_of
+from jaxmoe.run.target import flops, sizes_of
 
 __all__ = ["RECORDS", "append", "flops", "key", "make", "read_records"]
 
@@ -76,8 +74,7 @@ def make(folder: Path, run: Path, place: Mapping[str, Any], varies: Iterable[str
     rows = record.read_lines(run / record.EVALS)
     last = record.finished(run)
     assert last is not None, f"{run} is not finished"
-    counted, plan = cost(config.model, config.train.seq_len), curriculum(config)
-    total = plan.tokens(config.train.steps)
+    sizes, plan = sizes_of(config), curriculum(config)
     leaves = recipe(config, tuple(varies))
     shared = place["branch_of"][1] if place["branch_of"] else 0
     seen = register.observations(
@@ -88,16 +85,10 @@ def make(folder: Path, run: Path, place: Mapping[str, Any], varies: Iterable[str
         "family": place["family"],
         "rung": place["rung"],
         "seed": place["seed"],
-        "horizon_tokens": total,
-        "params_active": counted.params_active,
-        "params_total": counted.params_main - _looked_up(config),
-        "tokens": total,
-        "unique_tokens": _unique(about["data"], total),
-        "flops": flops(config, config.train.steps),
-        "flops_spent": flops(config, config.train.steps) - flops(config, shared),
-        "experts": config.model.n_experts,
-        "top_k": config.model.top_k,
-        "router": "" if config.model.is_dense else router_of(config),
+        "horizon_tokens": sizes["tokens"],
+        **sizes,
+        "unique_tokens": _unique(about["data"], sizes["tokens"]),
+        "flops_spent": sizes["flops"] - flops(config, shared),
         "loss": last["nll"],
         "bits_per_byte": last["bits_per_byte"],
         "set": last["set"],
@@ -115,22 +106,6 @@ def make(folder: Path, run: Path, place: Mapping[str, Any], varies: Iterable[str
         "wall_seconds": _seconds(run),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def flops(config: Config, steps: int) -> float:
-    """Of the model (model/cost.py), in float64: the first `steps` steps of a run of its own."""
-    total = 0.0
-    for stretch in curriculum(config).stretches:
-        done = min(max(0, steps - stretch.step), stretch.steps)
-        counted = cost(config.model, stretch.shape.length)
-        total += float(done * stretch.shape.batch) * counted.flops_per_sequence
-    return total
-
-
-def _looked_up(config: Config) -> int:
-    """Rows of the embedding that are no matrix of the head: not counted, as in params_active."""
-    groups = cost(config.model, config.train.seq_len).groups
-    return 0 if config.model.tie_embeddings else groups["embed"]
 
 
 def _unique(data: Mapping[str, Any], tokens: int) -> int:

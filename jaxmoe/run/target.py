@@ -18,11 +18,13 @@ from jaxmoe.run.evaluation import open_sets
 from jaxmoe.run.record import run_fingerprint
 
 __all__ = [
+    "flops",
     "identity_of",
     "numbers_of",
     "rates_of",
     "router_of",
     "schedule_of",
+    "sizes_of",
     "target_of",
 ]
 
@@ -30,36 +32,52 @@ RATES = ("lr", "schedule", "warmup_steps", "decay_fraction", "final_lr", "batch_
 
 
 def numbers_of(config: Config, corpus: Corpus) -> dict[str, Any]:
-    """The columns of `forecast.points`.
-
-    params_active: as cost.py counts them. params_total: with the experts that a token does not go
-    through, and like those without the embedding's rows, which are looked up. flops: model FLOPs of
-    the whole run, at the length of each stretch. unique_tokens: those that are read at least once.
-    """
-    plan, model = curriculum(config), config.model
-    counted = cost(model, config.train.seq_len)
-    looked_up = 0 if model.tie_embeddings else counted.groups["embed"]
-    flops = sum(
-        s.steps * s.shape.batch * cost(model, s.shape.length).flops_per_sequence
-        for s in plan.stretches
-    )
-    tokens = plan.tokens(config.train.steps)
+    """The columns of `forecast.points`. unique_tokens: those that are read at least once."""
+    sizes = sizes_of(config)
     used = feed.used(feed.open_stream(config, corpus)).values()
     unique = sum(min(one.tokens, one.epoch) for one in used)
     return {
+        **sizes,
+        "unique_tokens": unique if used else min(sizes["tokens"], feed.tokens(corpus)),
+    }
+
+
+def sizes_of(config: Config) -> dict[str, Any]:
+    """Those columns that the config alone tells.
+
+    params_active: as cost.py counts them. params_total: with the experts that a token does not go
+    through, and like those without the embedding's rows, which are looked up. flops: model FLOPs of
+    the whole run, at the length of each stretch.
+    """
+    model, steps = config.model, config.train.steps
+    counted = cost(model, config.train.seq_len)
+    looked_up = 0 if model.tie_embeddings else counted.groups["embed"]
+    return {
         "params_active": counted.params_active,
         "params_total": counted.params_main - looked_up,
-        "tokens": tokens,
-        "unique_tokens": unique if used else min(tokens, feed.tokens(corpus)),
-        "flops": flops,
+        "tokens": curriculum(config).tokens(steps),
+        "flops": flops(config, steps),
         "experts": model.n_experts,
         "top_k": model.top_k,
         "router": router_of(config),
     }
 
 
+def flops(config: Config, steps: int) -> float:
+    """Of the model (model/cost.py), in float64: the first `steps` steps of a run."""
+    total = 0.0
+    for stretch in curriculum(config).stretches:
+        done = min(max(0, steps - stretch.step), stretch.steps)
+        counted = cost(config.model, stretch.shape.length)
+        total += float(done * stretch.shape.batch) * counted.flops_per_sequence
+    return total
+
+
 def router_of(config: Config) -> str:
-    """A name that is the same for routers that choose alike."""
+    """A name that is the same for routers that choose alike; "" for a dense model, which has
+    none."""
+    if config.model.is_dense:
+        return ""
     router = config.model.router
     words = [router.score]
     if router.balance_bias_rate is not None:

@@ -22,10 +22,12 @@ from jaxmoe.ladder.family import annealed_at, load_family, numbers, recipe, reci
 from jaxmoe.ladder.fit import analyse
 from jaxmoe.ladder.optimal import optimal_sizes
 from jaxmoe.ladder.points import branch_off, is_done, plan_points
-from jaxmoe.ladder.reading import open_ladder
+from jaxmoe.ladder.reading import check_recipe, open_ladder
 from jaxmoe.ladder.runner import submit
 from jaxmoe.model.cost import cost
 from jaxmoe.optim import rates
+from jaxmoe.run.target import sizes_of
+from jaxmoe.transfer import tuned_at
 
 TOY = str(Path(__file__).parent / "toy.py")
 
@@ -166,6 +168,28 @@ def test_a_ladder_of_two_recipes_is_refused_with_the_leaf_named(tmp_path: Path):
         rows = [row_of(0), {**row_of(1), name: "zz"}]
         with pytest.raises(UserError, match=rf"{name} is 'zz'"):
             open_ladder(written(tmp_path / name, rows))
+
+
+def test_a_target_of_another_recipe_is_refused_with_the_leaf_named(tmp_path: Path):
+    family = load_family(TOY)
+    leaves = recipe(family.config(0))
+    kept = {"recipe": leaves, "recipe_fingerprint": recipe_fingerprint(leaves)}
+    ladder = open_ladder(written(tmp_path, [{**row_of(k), **kept} for k in range(2)]))
+    target = family.config(3)
+    check_recipe(ladder, target)
+    clipped = replace(target, optim=replace(target.optim, clip=2.0))
+    with pytest.raises(UserError, match=r"optim\.clip: 1\.0 and 2\.0"):
+        check_recipe(ladder, clipped)
+    shape = replace(target.model, transfer=tuned_at(target.model))
+    with pytest.raises(UserError, match=r"model\.transfer: None and "):
+        check_recipe(ladder, replace(target, model=shape))
+
+
+def test_a_dense_target_has_no_router():
+    model = replace(load_family(TOY).config(0).model, n_experts=1, top_k=1)
+    dense = replace(load_family(TOY).config(0), model=model)
+    assert sizes_of(dense)["router"] == ""
+    assert sizes_of(load_family(TOY).config(0))["router"] == "softmax"
 
 
 def test_what_is_there_of_another_recipe_is_not_taken_for_done(tmp_path: Path):
