@@ -19,6 +19,7 @@ import numpy as np
 
 from jaxmoe.errors import UserError
 from jaxmoe.forecast.curve import Floats
+from jaxmoe.forecast.dense_laws import DEFAULT, REFERENCE_D, REFERENCE_N
 from jaxmoe.forecast.gaussian import nodes
 from jaxmoe.forecast.mixture import Mixture, combine
 from jaxmoe.forecast.points import Points
@@ -26,13 +27,14 @@ from jaxmoe.forecast.points import Points
 __all__ = ["MoeFit", "MoeLaw", "MoeStack", "MoeStackFit"]
 
 SATURATION = 1024.0
-FLOOR = (0.65, 0.07)  # c over the least loss seen: 1.85 of 2.85 nats, as in `dense_laws`
+FLOOR_SD = 0.07  # of c over the least loss seen
 ALPHA = (0.30, 0.10)
 DELTA = (0.10, 0.10)
 ETA_SD = 0.005  # Clark et al. found 0.01 in log L, much of it the floor that is explicit here
 ZETA_SD = 0.01
 KAPPA_SD = 0.10
 BETA = (0.30, 0.10)
+TOGETHER = 0.14  # that both fall short of these where D grows with N: they sum to dense_laws' 0.34
 ROUTER_SD = 0.03  # of delta between routers
 NOISES = np.array([0.003, 0.006, 0.012])  # relative, of a run about the law
 DRIFT = 0.004  # relative error of the law per e-fold of active parameters beyond the largest seen
@@ -79,7 +81,7 @@ class MoeFit:
         x, ahead = self._columns(seen), self._columns(target)
         mean, sd = self._prior()
         least = float(seen.loss.min())
-        shares = np.clip(nodes(*FLOOR, 13), 0.05, 0.97)
+        shares = np.clip(nodes(self._floor(), FLOOR_SD, 13), 0.05, 0.97)
         weights, means, sds = [], [], []
         far = np.maximum(np.log(target.params_active / seen.params_active.max()), 0.0)
         for share in shares:
@@ -126,9 +128,28 @@ class MoeFit:
 
     def _prior(self) -> tuple[Floats, Floats]:
         each = [ROUTER_SD] * len(self.routers)
-        mean = [0.0, ALPHA[0], DELTA[0], 0.0, 0.0, 0.0, BETA[0]] + [0.0] * len(each)
+        less = TOGETHER * self._together()
+        mean = [0.0, ALPHA[0] - less, DELTA[0], 0.0, 0.0, 0.0, BETA[0] - less]
+        mean += [0.0] * len(each)
         sd = [3.0, ALPHA[1], DELTA[1], ETA_SD, ZETA_SD, KAPPA_SD, BETA[1], *each]
         return np.array(mean), np.array(sd)
+
+    def _together(self) -> float:
+        """How log D grows with log N over the runs: 0 at one D, 1 where D is proportional to N."""
+        x, d = np.log(self.points.params_active), np.log(self.points.effective_tokens)
+        return float(np.clip(np.cov(x, d)[0, 1] / np.var(x, ddof=1), 0.0, 1.0))
+
+    def _floor(self) -> float:
+        """Expected share of c in the least loss: with the constants of `dense_laws`, at the size of
+        that run. The term in tokens belongs to c where all runs have the same tokens."""
+        best = int(np.argmin(self.points.loss))
+        n = float(self.points.params_active[best]) / REFERENCE_N
+        d = float(self.points.effective_tokens[best]) / REFERENCE_D
+        k = DEFAULT
+        by_size = k.params_term * n**-k.exponent
+        by_tokens = k.tokens_term * d**-k.exponent
+        floor = k.irreducible + (1 - self._together()) * by_tokens
+        return floor / (k.irreducible + by_size + by_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,8 @@ from jaxmoe.ladder.family import (
     tokens,
 )
 from jaxmoe.model.cost import cost
-from jaxmoe.run import record
+from jaxmoe.run import record, seal
+from jaxmoe.run.checkpoint import ITEMS
 
 __all__ = ["Point", "branch_off", "is_done", "plan_points"]
 
@@ -147,6 +148,7 @@ def branch_off(point: Point, folder: Path) -> bool:
     shutil.rmtree(part, ignore_errors=True)
     copy = part / record.CHECKPOINTS / str(point.branch)
     shutil.copytree(saved, copy, copy_function=_linked)
+    _forget_register(copy)
     own = record.RunRecord(part, writes=True)
     own.begin(point.config)
     for name in (record.EVALS, record.METRICS):
@@ -156,6 +158,16 @@ def branch_off(point: Point, folder: Path) -> bool:
     own.event("branch", step=point.branch or 0, why=why)
     part.rename(run)
     return True
+
+
+def _forget_register(saved: Path) -> None:
+    """The trunk's forecasts are of the trunk's end: a branch begins a register of its own."""
+    file = saved / "meta" / "metadata"
+    meta = json.loads(file.read_text())
+    if meta.get("register") is not None:
+        file.unlink()  # a link: the trunk's own stays
+        file.write_text(json.dumps({**meta, "register": None}))
+        seal.write(saved, ITEMS)
 
 
 def _linked(source: str, target: str) -> None:
