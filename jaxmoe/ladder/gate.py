@@ -3,15 +3,9 @@
 The effective compute ratio of a pair is the baseline's compute that gives the candidate's loss over
 the candidate's own: exp(y), y = g^-1(g(x) + loss' - loss) - x', with x and x' the logs of both
 runs' compute and g the baseline's law of loss over log compute. It is shifted through the
-baseline's own run, so that what both runs share (seed, rung) cancels. Then, in log compute,
-
-    y = gain + trend (x - x_top) + error of the line + error of the rung + noise of the pair
-
-The line errs as its slope drifts (integrated Brownian motion, zero at the largest rung). Errors of
-rungs (one that is mis-tuned) and noises of pairs are relative to the loss, of unknown sizes: seeds
-of one rung tell the noise, the scatter of rungs about the line the rest. All sizes have nodes that
-are weighed by evidence, so the tails are those of a Student's t. The prior of the trend is a
-mixture of normals around 0: without evidence a gain is taken to last, and less surely the further.
+baseline's own run, so that what both runs share (seed, rung) cancels. Then y is a line over log
+compute (forecast/trend.py) that goes on to the target: without evidence a gain is taken to last,
+and less surely the further.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,20 +17,16 @@ import numpy as np
 
 from jaxmoe.errors import UserError
 from jaxmoe.forecast.curve import Floats
-from jaxmoe.forecast.dense_laws import DenseLaw, integrated
-from jaxmoe.forecast.gaussian import nodes
-from jaxmoe.forecast.mixture import Mixture
+from jaxmoe.forecast.dense_laws import DenseLaw
 from jaxmoe.forecast.points import Points, refuse_thin
+from jaxmoe.forecast.trend import Prior, Trend
 
-__all__ = ["LEVEL", "Gate", "Pairs", "Trend", "gate", "pair_up"]
+__all__ = ["LEVEL", "Gate", "Pairs", "gate", "pair_up"]
 
 LEVEL = 0.95  # probability from which on the answer is keep, or below 1 - LEVEL drop
 DRAWS = 8  # of the baseline's law
-NOISE = np.exp(nodes(np.log(0.0015), 1.5, 9))  # relative, of a pair: seeds, shared in part
-RUNG = np.exp(nodes(np.log(0.0005), 1.5, 5))  # relative, of a rung
-GAIN_SD = 1.0  # of the log ratio at the largest rung
-TREND_SD = np.array([0.003, 0.01, 0.03, 0.1])  # of the log ratio, per e-fold of compute
-DRIFT = 0.003  # of the trend, per e-fold to the power 3/2
+# Of the log ratio: at the largest rung, per e-fold of compute, and how that drifts.
+PRIOR = Prior(level=1.0, trend=(0.003, 0.01, 0.03, 0.1), drift=0.003)
 MIN_RUNGS = 3
 LEVELS = (0.05, 0.5, 0.95)
 FURTHEST = np.log(1e4)  # a ratio beyond which the law is not asked
@@ -61,101 +51,6 @@ class Pairs:
     flops_candidate: Floats
     loss_candidate: Floats
     law: Points
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Trend:
-    """The line over log compute: what its posterior needs, for m = DRAWS x nodes cases.
-
-    Attributes:
-        x: [k] log compute of the rungs over that of the largest; count: [k] pairs of each.
-        y: [DRAWS, k] log ratios, means of the pairs; steep: [DRAWS, k] of them for one relative
-            unit of the loss.
-        scatter: [DRAWS] sum of squares of the pairs about their rungs' means, in relative loss.
-        noise, rung, trend_sd: [m] the nodes.
-    """
-
-    x: Floats
-    count: Floats
-    y: Floats
-    steep: Floats
-    scatter: Floats
-    noise: Floats
-    rung: Floats
-    trend_sd: Floats
-
-    @cached_property
-    def weight(self) -> Floats:
-        """[m] by evidence. Draws of the law weigh alike: the pairs say next to nothing of it, and a
-        steeper law has larger y."""
-        values = self._repeated(self.y)
-        fit = np.einsum("mk,mkj,mj->m", values, self._inverse, values)
-        log = 0.5 * (np.linalg.slogdet(self._inverse)[1] - fit)
-        log -= float(np.sum(self.count - 1)) * np.log(self.noise)
-        log -= 0.5 * self._repeated(self.scatter) / self.noise**2
-        log = log.reshape(len(self.y), -1)
-        weight = np.exp(log - log.max(axis=1, keepdims=True))
-        weight /= weight.sum(axis=1, keepdims=True) * len(self.y)
-        return weight.ravel()
-
-    def at(self, ahead: float) -> Mixture:
-        """Of the log ratio `ahead` e-folds beyond the largest rung."""
-        return self._mixture(*self.solve(self.x, self.count, self.steep, ahead, self.y))
-
-    def slope(self) -> Mixture:
-        """Of the trend at the largest rung, log ratio per e-fold; the drift is zero there."""
-        square = self.trend_sd**2
-        cross = square[:, None] * self.x
-        return self._mixture(*self._condition(cross, square, self._inverse, self.y))
-
-    def measured(self) -> Mixture:
-        """Of each rung's log ratio by its own pairs alone, [k] targets."""
-        sd = self._repeated(self.steep) * self.noise[:, None] / np.sqrt(self.count)
-        return Mixture(weight=self.weight, mean=self._repeated(self.y), sd=sd).prune()
-
-    def solve(
-        self, x: Floats, count: Floats, steep: Floats, ahead: float, y: Floats | None
-    ) -> tuple[Floats, Floats]:
-        """Posterior mean and variance [m] at `ahead`, by Gaussian conditioning (Rasmussen and
-        Williams 2006, eq. 2.25 and 2.26). Without y the mean is zero: a design has a variance."""
-        own = x is self.x and count is self.count
-        inverse = self._inverse
-        if not own:
-            inverse = np.asarray(np.linalg.inv(self.covariance(x, count, steep)), np.float64)
-        square = self.trend_sd**2
-        cross = GAIN_SD**2 + square[:, None] * ahead * x + DRIFT**2 * _both_sides(x, ahead)
-        before = GAIN_SD**2 + square * ahead**2 + DRIFT**2 * abs(ahead) ** 3 / 3
-        return self._condition(cross, before, inverse, y)
-
-    def _condition(
-        self, cross: Floats, before: Floats, inverse: Floats, y: Floats | None
-    ) -> tuple[Floats, Floats]:
-        pull = np.einsum("mk,mkj->mj", cross, inverse)
-        variance = np.maximum(before - np.einsum("mj,mj->m", pull, cross), 1e-12)
-        if y is None:
-            return np.zeros_like(variance), variance
-        return np.einsum("mj,mj->m", pull, self._repeated(y)), variance
-
-    def _mixture(self, mean: Floats, variance: Floats) -> Mixture:
-        sd = np.sqrt(variance)[:, None]
-        return Mixture(weight=self.weight, mean=mean[:, None], sd=sd).prune()
-
-    @cached_property
-    def _inverse(self) -> Floats:
-        covariance = self.covariance(self.x, self.count, self.steep)
-        return np.asarray(np.linalg.inv(covariance), np.float64)
-
-    def covariance(self, x: Floats, count: Floats, steep: Floats) -> Floats:
-        """[m, k, k] of the rungs' means."""
-        line = GAIN_SD**2 + (self.trend_sd**2)[:, None, None] * np.outer(x, x)
-        line = line + DRIFT**2 * integrated(x)
-        each = self.rung[:, None] ** 2 + self.noise[:, None] ** 2 / count
-        own = self._repeated(steep) ** 2 * each
-        return line + own[:, :, None] * np.eye(x.size)
-
-    def _repeated(self, values: Floats) -> Floats:
-        """[m, ...] of [DRAWS, ...]: the nodes of a draw are together."""
-        return np.repeat(values, self.noise.size // len(self.y), axis=0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -269,7 +164,15 @@ def gate(
     y = np.clip(shifted, -FURTHEST, FURTHEST) - np.log(pairs.flops_candidate / pairs.flops)
     place = mean(x[None])[0]
     steep = law.steep(place)
-    line = _trend(place - place.max(), count, mean(y), steep, _scatter(y, mean(y), which, steep))
+    line = Trend(
+        x=place - place.max(),
+        count=count,
+        y=mean(y),
+        steep=steep,
+        scatter=_scatter(y, mean(y), which, steep),
+        freedom=float(np.sum(count - 1)),
+        prior=PRIOR,
+    )
     ahead = float(np.log(target) - place.max())
     found = line.at(ahead)
     return Gate(
@@ -321,26 +224,3 @@ class Law:
 def _scatter(y: Floats, mean: Floats, which: np.ndarray, steep: Floats) -> Floats:
     """[DRAWS] sum of squares of the pairs about their rungs' means, in relative loss."""
     return np.sum(((y - mean[:, which]) / steep[:, which]) ** 2, axis=1)
-
-
-def _trend(x: Floats, count: Floats, y: Floats, steep: Floats, scatter: Floats) -> Trend:
-    """With all nodes for each draw of the law."""
-    grid = np.meshgrid(NOISE, RUNG, TREND_SD, indexing="ij")
-    noise, rung, trend_sd = (np.tile(g.ravel(), len(y)) for g in grid)
-    return Trend(
-        x=x,
-        count=count,
-        y=y,
-        steep=steep,
-        scatter=scatter,
-        noise=noise,
-        rung=rung,
-        trend_sd=trend_sd,
-    )
-
-
-def _both_sides(x: Floats, ahead: float) -> Floats:
-    """[k] covariance of two-sided integrated Brownian motion between x <= 0 and `ahead`."""
-    if ahead >= 0:
-        return np.zeros_like(x)
-    return integrated(np.append(x, ahead))[-1, :-1]
