@@ -30,7 +30,9 @@ from jaxmoe.model.cost import Cost, cost
 HELD_OUT = ("email", "http", "json", "logging", "urllib")
 BASE = 4  # the rung that rates were tuned on
 TARGET = 32
-TOKENS_PER_PARAMETER = 80  # bytes: 20 tokens of 4 bytes (Hoffmann et al., arXiv:2203.15556, table 3)
+TOKENS_PER_PARAMETER = (
+    80  # bytes: 20 tokens of 4 bytes (Hoffmann et al., arXiv:2203.15556, table 3)
+)
 SEQ_LEN = 256
 BATCH = 3.0  # sequences of the base rung's step
 # Best of the sweep at the base rung (benchmarks/transfer.py), and shares of the run.

@@ -34,6 +34,7 @@ EXAMPLES = """examples:
   python -m jaxmoe.forecast fit runs/tiny --at 300
   python -m jaxmoe.forecast fit ladder.csv --params 7e9 --tokens 2e11 --json
   python -m jaxmoe.forecast register --ladder ladder/records.jsonl --target configs/big.py
+  python -m jaxmoe.forecast register --ladder moe.jsonl --earlier dense.jsonl --target moe.py
   python -m jaxmoe.forecast passes counts.jsonl --flops 1e21 --run-dir runs/big
 
 exit codes: 0 success, 1 verify found problems, 2 a mistake in what was asked"""
@@ -88,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
 def _register(args: argparse.Namespace) -> int:
     """jax is loaded here alone: it counts the target's parameters and FLOPs, and its rates."""
     ladder = read_ladder(args.ladder)
+    earlier = read_ladder(args.earlier) if args.earlier else None
     from jaxmoe.config import apply_sets, load
     from jaxmoe.config_check import check
     from jaxmoe.data.opened import open_corpus
@@ -106,7 +108,7 @@ def _register(args: argparse.Namespace) -> int:
             print(f"data: {phase} ...", file=sys.stderr, flush=True)
 
     target = target_of(config, open_corpus(config, report))
-    line = register_target(ladder, target, run_dir, correct=args.correct)
+    line = register_target(ladder, target, run_dir, earlier=earlier, correct=args.correct)
     return show_line(line, run_dir / FORECASTS, as_json=args.json, console=_console())
 
 

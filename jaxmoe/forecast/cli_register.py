@@ -30,6 +30,8 @@ def add_register(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ladder", metavar="RECORDS", type=Path, nargs="+", required=True, help=records
     )
+    earlier = "records of a ladder of the same sizes with larger runs, on other text or recipe"
+    parser.add_argument("--earlier", metavar="RECORDS", type=Path, nargs="+", help=earlier)
     parser.add_argument(
         "--target", metavar="FILE[:FUNCTION]", required=True, help="config of the run"
     )
@@ -76,6 +78,8 @@ def show_line(line: Mapping[str, Any], file: Path, *, as_json: bool, console: Co
     console.print(table)
     weights = ", ".join(f"{name} {w:.0%}" for name, w in line["laws"].items())
     runs = f"{len(line['siblings'])} runs"
+    if "earlier" in line:
+        runs += f" beside {len(line['earlier'])} earlier ones"
     console.print(f"{line['law']}: {weights}; from {runs} of {line['set']}")
     if line["misfits"]:
         odd = ", ".join(sha256[:12] for sha256 in line["misfits"])

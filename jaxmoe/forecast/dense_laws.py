@@ -29,7 +29,8 @@ from jaxmoe.forecast.points import Points, refuse_thin
 __all__ = ["DEFAULT", "LAWS", "Constants", "DenseFit", "DenseLaw"]
 
 REFERENCE_N, REFERENCE_D = 1e9, 2e10  # where the terms' sizes are known best
-REFERENCE_C = 6 * REFERENCE_N * REFERENCE_D
+TOKEN_BYTES = 4.4  # of the tokens that the constants are of
+BYTE_LIKE = 2.0  # bytes a token below which they say nothing but the floor
 MAX_POINTS = 64  # of more, the largest and a geometric selection of the rest
 
 
@@ -51,6 +52,8 @@ class Constants:
     common_sd: float = 0.05  # of all three together: nats per token depend on the tokenizer
     exponent: float = 0.34
     exponent_sd: float = 0.40  # of its log
+    reference_params: float = REFERENCE_N
+    reference_tokens: float = REFERENCE_D
     transient: float = 0.02  # of the loss, at the largest run
     transient_sd: float = 0.02
     transient_power: float = 0.8
@@ -66,6 +69,31 @@ class Constants:
     width: float = 0.5  # of the stacked forecast about its median, from many budgets
     few: float = 2.0  # and from b of them times sqrt(1 + few / (b - 3)): L(C) has three constants
     misfit: float = 0.008  # over the loss, per unit spread of log(D / N) off one frontier
+
+    def of(self, points: Points) -> "Constants":
+        """Those for runs of this ladder: where its tokens are bytes or little more, the floor is
+        that of as many bytes, and the rest starts from the ladder itself, equal terms in N and D at
+        its largest run; models that small fall more slowly than published ones (exponents of 0.15
+        to 0.25 in our own ladders on bytes). All of it is wide."""
+        unit = float(np.nanmean(points.bytes_per_token)) if points.knows_bytes else TOKEN_BYTES
+        if unit >= BYTE_LIKE:
+            return self
+        top = int(np.argmax(points.flops))
+        loss = float(points.loss[top])
+        floor = self.irreducible * unit / TOKEN_BYTES
+        half = 0.5 * max(loss - floor, 0.3 * loss)
+        return replace(
+            self,
+            irreducible=floor,
+            irreducible_sd=0.5,
+            params_term=half,
+            tokens_term=half,
+            term_sd=0.5,
+            exponent=0.25,
+            exponent_sd=0.5,
+            reference_params=float(points.params_active[top]),
+            reference_tokens=float(points.effective_tokens[top]),
+        )
 
 
 DEFAULT = Constants()
@@ -196,8 +224,8 @@ def _exponents(law: DenseLaw, count: int) -> Floats:
 def _chinchilla(law: DenseLaw, points: Points, scale: float) -> Floats:
     k = law.constants
     a, b = (g.ravel()[:, None] for g in np.meshgrid(_exponents(law, 5), _exponents(law, 5)))
-    n = np.log(points.params_active / REFERENCE_N)
-    d = np.log(points.effective_tokens / REFERENCE_D)
+    n = np.log(points.params_active / k.reference_params)
+    d = np.log(points.effective_tokens / k.reference_tokens)
     size = k.params_term * np.exp(-a * n)
     data = k.tokens_term * np.exp(-b * d)
     return np.stack([np.full(size.shape, k.irreducible), size, data], 2) / scale
@@ -209,8 +237,8 @@ def _outer(law: DenseLaw, points: Points, scale: float) -> Floats:
         _exponents(law, 3), _exponents(law, 3), nodes(0.5, 0.15, 3), np.array([0.45, 0.6, 0.8])
     )
     a, b, share, g = (x.ravel()[:, None] for x in grid)
-    n = np.log(points.params_active / REFERENCE_N)
-    d = np.log(points.effective_tokens / REFERENCE_D)
+    n = np.log(points.params_active / k.reference_params)
+    d = np.log(points.effective_tokens / k.reference_tokens)
     inner = share * np.exp(-a / g * n) + (1 - share) * np.exp(-b / g * d)
     term = (k.params_term + k.tokens_term) * inner**g
     return np.stack([np.full(term.shape, k.irreducible), term], 2) / scale
@@ -220,7 +248,9 @@ def _compute(law: DenseLaw, points: Points, scale: float) -> Floats:
     k = law.constants
     # On the frontier N and D grow alike, so C^-b has half of the exponent of N^-a.
     b = 0.5 * _exponents(law, 9)[:, None]
-    term = (k.params_term + k.tokens_term) * np.exp(-b * np.log(points.flops / REFERENCE_C))
+    term = (k.params_term + k.tokens_term) * np.exp(
+        -b * np.log(points.flops / (6 * k.reference_params * k.reference_tokens))
+    )
     return np.stack([np.full(term.shape, k.irreducible), term], 2) / scale
 
 

@@ -92,6 +92,10 @@ class Ladder:
                     f"{key}: the records have {self.common[key]!r} and the target {wanted[key]!r}: "
                     "their losses cannot be compared; train the ladder on what the target is"
                 )
+        self.refuse_own_run(target)
+
+    def refuse_own_run(self, target: Target) -> None:
+        """Raises UserError where a record is of the target itself."""
         for row in self.rows:
             if row.get("config_fingerprint") == target.config:
                 raise UserError(
@@ -203,15 +207,23 @@ def _points(rows: Sequence[Mapping[str, Any]]) -> Points:
     def column(key: str) -> list[float]:
         return [float("nan") if row.get(key) is None else float(row[key]) for row in rows]
 
+    bytes_per_token = [_bytes_per_token(row) for row in rows]
     points = Points.of(
         column("params_active"),
         column("tokens"),
         column("loss"),
         router=[str(row.get("router") or "") for row in rows],
+        bytes_per_token=bytes_per_token,
         **{key: column(key) for key in SHAPE},
     )
     assert len(points) == len(rows)
     return points
+
+
+def _bytes_per_token(row: Mapping[str, Any]) -> float:
+    """A record has its loss in both units: nats per token and bits per byte."""
+    bits = row.get("bits_per_byte")
+    return float(row["loss"]) / math.log(2) / float(bits) if bits else float("nan")
 
 
 def _sibling(where: str, row: Mapping[str, Any]) -> Run:

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxmoe.errors import UserError
 from jaxmoe.forecast import register
+from jaxmoe.forecast.beside import Beside
 from jaxmoe.forecast.curve import Floats, Run, observations_sha256
 from jaxmoe.forecast.hook_api import SAMPLES, PathPoint, Quantiles, named
 from jaxmoe.forecast.ladder import SAME, Ladder, Target
@@ -55,17 +56,22 @@ class LadderForecast:
         return int(self.run.steps[-1]) if self.run.steps.size else 0
 
 
-def forecast_target(ladder: Ladder, target: Target, seen: Run | None = None) -> LadderForecast:
+def forecast_target(
+    ladder: Ladder, target: Target, seen: Run | None = None, earlier: Ladder | None = None
+) -> LadderForecast:
     """The final loss and the path there; of a run that goes on (`seen`), its rest.
 
     Before a start: the stacked laws over compute (`stack`), or, where experts, top-k or router
-    differ among the runs and the target, those over experts too (`moe_law`). After one: siblings.
+    differ among the runs and the target, those over experts too (`moe_law`); with `earlier`, a
+    ladder with larger runs, the law of losses beside those (`beside`). After a start: siblings.
 
     Raises:
         UserError: losses are not comparable, runs are too few or too alike, the target is far below
             the largest run, or it has begun and there are no curves.
     """
     ladder.check(target)
+    if earlier is not None:
+        earlier.refuse_own_run(target)
     refuse_thin(ladder.points)
     point = target.point
     ratio = float(point.flops[0] / ladder.points.flops.max())
@@ -79,10 +85,14 @@ def forecast_target(ladder: Ladder, target: Target, seen: Run | None = None) -> 
     alike = len(ladder.points) <= MANY and _one_shape(ladder.points, point)
     odd = tuple(misfits(ladder.points)) if alike else ()
     if run.steps.size:
+        if earlier is not None:
+            raise UserError(
+                f"{target.name} has begun: its rest is told by the ladder's curves alone"
+            )
         law, laws = "siblings", {"siblings": 1.0}
         mixture = SiblingLaw().fit(run, ladder.siblings).mixture()
     else:
-        law, laws, mixture = _before_start(ladder.points, point)
+        law, laws, mixture = _before_start(ladder.points, point, earlier)
     loss = Quantiles(**named(mixture.quantile(LEVELS)[:, 0]))
     end = mixture.sample(SAMPLES, np.random.default_rng([0, 1]))[:, 0]
     path = path_from_siblings(
@@ -110,6 +120,7 @@ def register_target(
     target: Target,
     run_dir: str | Path,
     *,
+    earlier: Ladder | None = None,
     correct: str | None = None,
     now: datetime | None = None,
 ) -> dict[str, Any]:
@@ -118,6 +129,7 @@ def register_target(
     `jaxmoe.train` with the same config and directory goes on from it: this path is its frozen one.
 
     Args:
+        earlier: a ladder with larger runs of the same sizes, on other text or by another recipe.
         correct: the reason for a new line where one of this cut-off is there already.
         now: the time of the line.
 
@@ -129,7 +141,7 @@ def register_target(
     time = (now or datetime.now(UTC)).astimezone(UTC)
     lines = registered(path, target.run)
     rows = _evals(path)
-    made = forecast_target(ladder, target, _seen(target, rows))
+    made = forecast_target(ladder, target, _seen(target, rows), earlier)
     known = [one["index"] for one in lines if one["cutoff_step"] == made.cutoff_step]
     if known and correct is None:
         raise UserError(
@@ -143,9 +155,10 @@ def register_target(
         )
     correction = {"corrects": known[-1], "reason": correct} if known else {}
     times = {"time": time.isoformat(timespec="milliseconds")}
-    return register.append(
-        path, {**_record(ladder, target, made, evals_lines=len(rows)), **times, **correction}
-    )
+    record = _record(ladder, target, made, evals_lines=len(rows))
+    if earlier is not None:
+        record["earlier"] = [{**one, **earlier.common} for one in earlier.named()]
+    return register.append(path, {**record, **times, **correction})
 
 
 def registered(path: Path, run: str | None = None) -> list[dict[str, Any]]:
@@ -167,8 +180,13 @@ def registered(path: Path, run: str | None = None) -> list[dict[str, Any]]:
     return lines
 
 
-def _before_start(points: Points, target: Points) -> tuple[str, dict[str, float], Mixture]:
+def _before_start(
+    points: Points, target: Points, earlier: Ladder | None
+) -> tuple[str, dict[str, float], Mixture]:
     """Law, weights and what it says. Ladders of one shape of experts need no law of experts."""
+    if earlier is not None:
+        beside = Beside(earlier=earlier.points).fit(points)
+        return Beside.name, beside.weights, beside.mixture(target)
     alike = _one_shape(points, target)
     fit = (Stack() if alike else MoeStack()).fit(points)
     law = "stack over compute" if alike else "stack over experts"

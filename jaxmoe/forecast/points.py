@@ -36,6 +36,7 @@ class Points:
         params_total: [n]; where NaN, params_active.
         unique_tokens: [n]; where NaN, tokens: every token seen once.
         experts, top_k: [n]; where NaN, 1.
+        bytes_per_token: [n]; NaN where unknown.
         router: [n] names, "" where unknown.
         dropped: rows left out.
 
@@ -51,6 +52,7 @@ class Points:
     unique_tokens: Floats
     experts: Floats
     top_k: Floats
+    bytes_per_token: Floats
     router: np.ndarray
     dropped: int = 0
 
@@ -66,6 +68,7 @@ class Points:
         unique_tokens: ArrayLike | None = None,
         experts: ArrayLike | None = None,
         top_k: ArrayLike | None = None,
+        bytes_per_token: ArrayLike | None = None,
         router: Sequence[str] | None = None,
     ) -> "Points":
         """Points from plain numbers. Without `loss` they are a target, and none is dropped."""
@@ -92,6 +95,7 @@ class Points:
             unique_tokens=given(unique_tokens, d, "unique_tokens"),
             experts=given(experts, np.ones(size), "experts"),
             top_k=given(top_k, np.ones(size), "top_k"),
+            bytes_per_token=given(bytes_per_token, np.full(size, np.nan), "bytes_per_token"),
             router=names,
         )
         keep = np.ones(size, bool)
@@ -114,6 +118,11 @@ class Points:
         at = np.asarray(which)
         arrays = {f.name: getattr(self, f.name)[at] for f in fields(self) if f.name != "dropped"}
         return replace(self, **arrays, dropped=self.dropped if dropped is None else dropped)
+
+    @property
+    def knows_bytes(self) -> bool:
+        """Whether any run tells the bytes of its tokens."""
+        return bool(np.any(np.isfinite(self.bytes_per_token)))
 
     @property
     def effective_tokens(self) -> Floats:
@@ -155,7 +164,8 @@ def read_points(paths: Sequence[str | Path]) -> Points:
     """Points of CSV (with a header) or JSON-lines files, in order.
 
     Columns: params_active (or params), tokens, loss, and if there are any flops, params_total,
-    unique_tokens, experts, top_k, router. Others are ignored; an empty or null field is missing.
+    unique_tokens, experts, top_k, bytes_per_token, router. Others are ignored; an empty or null
+    field is missing.
 
     Raises:
         UserError: no such file, no such column, or a field that is not a number.
@@ -189,6 +199,7 @@ NUMBERS = (
     "unique_tokens",
     "experts",
     "top_k",
+    "bytes_per_token",
 )
 ALIASES = {"params_active": ("params_active", "params")}
 

@@ -106,17 +106,20 @@ def when(text: Any) -> datetime:
 def postdated(record: Record) -> str | None:
     """What of a forecast's inputs is later than its cut-off, in words; None: nothing is.
 
-    Sibling runs must be finished when the line is written; evals are compared by `eval_problem`.
+    Runs that it rests on must be finished when the line is written; evals are compared by
+    `eval_problem`.
     """
-    made, siblings = when(record.get("time")), record.get("siblings", [])
-    if not isinstance(siblings, list) or not all(isinstance(s, dict) for s in siblings):
-        raise UserError(f"siblings={siblings!r}: it must be a list of objects")
-    for sibling in siblings:
-        if when(sibling.get("finished")) > made:
-            return (
-                f"sibling {str(sibling.get('sha256'))[:12]} finished at {sibling['finished']},"
-                f" after this forecast of {record['time']}: look-ahead"
-            )
+    made = when(record.get("time"))
+    for key in ("siblings", "earlier"):
+        runs = record.get(key, [])
+        if not isinstance(runs, list) or not all(isinstance(s, dict) for s in runs):
+            raise UserError(f"{key}={runs!r}: it must be a list of objects")
+        for run in runs:
+            if when(run.get("finished")) > made:
+                return (
+                    f"{key}: {str(run.get('sha256'))[:12]} finished at {run['finished']},"
+                    f" after this forecast of {record['time']}: look-ahead"
+                )
     return None
 
 

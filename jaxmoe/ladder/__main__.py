@@ -73,6 +73,8 @@ def _parser() -> argparse.ArgumentParser:
 
     one = add("register", _register, "register the forecast of a run before it starts")
     one("ladders", type=Path, nargs="+", metavar="DIR", help=folders)
+    earlier = "ladder of the same sizes with larger runs, on other text or by another recipe"
+    one("--earlier", type=Path, nargs="+", default=[], metavar="DIR", help=earlier)
     one("--target", required=True, metavar="CONFIG", help="FILE[:FUNCTION] of the run to come")
     one("--set", action="append", default=[], metavar="KEY=VALUE", help="change its config")
     one("--run-dir", type=Path, metavar="DIR", help="of the run (default runs/NAME)")
@@ -100,6 +102,9 @@ def _register(args: argparse.Namespace) -> int:
     check_recipe(open_ladder(*args.ladders), apply_sets(load(args.target), args.set))
     files = [str(file_of(place)) for place in args.ladders]
     words = ["register", "--ladder", *files, "--target", args.target]
+    if args.earlier:
+        open_ladder(*args.earlier)
+        words += ["--earlier", *(str(file_of(place)) for place in args.earlier)]
     words += [word for one in args.set for word in ("--set", one)]
     words += ["--run-dir", str(args.run_dir)] if args.run_dir else []
     words += ["--correct", args.correct] if args.correct else []
