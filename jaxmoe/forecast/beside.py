@@ -23,10 +23,10 @@ from jaxmoe.forecast.trend import Prior, Trend
 
 __all__ = ["Beside", "BesideFit"]
 
-# Of the log ratio of losses: at the largest rung, per e-fold of compute, and how that drifts.
-# Exponents of one architecture on other text differ by a tenth (Brandfonbrener et al., table 1);
-# log L falls by 0.03 to 0.1 per e-fold.
-PRIOR = Prior(level=0.5, trend=(0.001, 0.003, 0.01), drift=0.0005)
+# Of the log ratio of losses: at the largest rung, per e-fold of compute, and how that drifts: a
+# ratio that changes fast may also change how fast. log L falls by 0.03 to 0.1 per e-fold; two
+# recipes on one text differ in that by a hundredth of it to a tenth, two texts by up to a third.
+PRIOR = Prior(level=0.5, trend=((0.001, 1e-4), (0.003, 3e-4), (0.01, 1e-3), (0.03, 3e-3)))
 ALIKE = 0.1  # in logs of parameters, of tokens and of compute: up to here sizes are equal
 MIN_RUNGS = 3
 SHARE = 1e-3  # of the largest weight: lighter pairs of components are dropped
@@ -102,8 +102,8 @@ class BesideFit:
         return np.exp(self.trend.measured().quantile([0.05, 0.5, 0.95]))
 
     def ratio(self, target: Points) -> Mixture:
-        """Of the log ratio at the target's runs, one target after another: [1] each is at(...)."""
-        return self.trend.at(float(np.log(target.flops[0])) - self.top)
+        """Of the log ratio at the target's run, with the noise of that run."""
+        return self.trend.measured_at(float(np.log(target.flops[0])) - self.top)
 
     def mixture(self, target: Points) -> Mixture:
         """What would be measured at the target's run, which must be one."""

@@ -28,12 +28,11 @@ RUNG = np.exp(nodes(np.log(0.0005), 1.5, 5))  # relative, of a rung
 
 @dataclass(frozen=True, kw_only=True)
 class Prior:
-    """Standard deviations: of the level; of the trend, per e-fold of compute, each as likely; and
-    of the trend's drift, per e-fold to the power 3/2."""
+    """Standard deviations: of the level; and, each pair as likely, of the trend, per e-fold of
+    compute, and of how it drifts, per e-fold to the power 3/2."""
 
     level: float
-    trend: Sequence[float]
-    drift: float
+    trend: Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -80,6 +79,11 @@ class Trend:
         """Of y `ahead` e-folds beyond the largest rung."""
         return self._mixture(*self.solve(self.x, self.count, self.steep, ahead, self.y))
 
+    def measured_at(self, ahead: float) -> Mixture:
+        """Likewise of what one run would give there, where y is a relative loss (steep 1)."""
+        mean, variance = self.solve(self.x, self.count, self.steep, ahead, self.y)
+        return self._mixture(mean, variance + self.noise**2)
+
     def slope(self) -> Mixture:
         """Of the trend at the largest rung, per e-fold; the drift is zero there."""
         square = self._trend_sd**2
@@ -100,9 +104,8 @@ class Trend:
         inverse = self._inverse
         if not own:
             inverse = np.asarray(np.linalg.inv(self._covariance(x, count, steep)), np.float64)
-        level, drift = self.prior.level**2, self.prior.drift**2
-        square = self._trend_sd**2
-        cross = level + square[:, None] * ahead * x + drift * _both_sides(x, ahead)
+        level, square, drift = self.prior.level**2, self._trend_sd**2, self._drift_sd**2
+        cross = level + square[:, None] * ahead * x + drift[:, None] * _both_sides(x, ahead)
         before = level + square * ahead**2 + drift * abs(ahead) ** 3 / 3
         return self._condition(cross, before, inverse, y)
 
@@ -127,21 +130,27 @@ class Trend:
     def _covariance(self, x: Floats, count: Floats, steep: Floats) -> Floats:
         """[m, k, k] of the rungs' means."""
         line = self.prior.level**2 + (self._trend_sd**2)[:, None, None] * np.outer(x, x)
-        line = line + self.prior.drift**2 * integrated(x)
+        line = line + (self._drift_sd**2)[:, None, None] * integrated(x)
         each = self._nodes[1][:, None] ** 2 + self.noise[:, None] ** 2 / count
         own = self._repeated(steep) ** 2 * each
         return line + own[:, :, None] * np.eye(x.size)
 
     @cached_property
-    def _nodes(self) -> tuple[Floats, Floats, Floats]:
-        """Noise, error of a rung and sd of the trend, each [m]; those of a draw are together."""
-        grid = np.meshgrid(NOISE, RUNG, np.array(self.prior.trend), indexing="ij")
-        noise, rung, trend = (np.tile(g.ravel(), len(self.y)) for g in grid)
-        return noise, rung, trend
+    def _nodes(self) -> tuple[Floats, Floats, Floats, Floats]:
+        """Noise, error of a rung, sd of the trend and of its drift, each [m]; those of a draw are
+        together."""
+        pairs = np.array(self.prior.trend)
+        grid = np.meshgrid(NOISE, RUNG, np.arange(len(pairs)), indexing="ij")
+        noise, rung, pair = (np.tile(g.ravel(), len(self.y)) for g in grid)
+        return noise, rung, pairs[pair, 0], pairs[pair, 1]
 
     @property
     def _trend_sd(self) -> Floats:
         return self._nodes[2]
+
+    @property
+    def _drift_sd(self) -> Floats:
+        return self._nodes[3]
 
     def _repeated(self, values: Floats) -> Floats:
         """[m, ...] of [draws, ...]."""

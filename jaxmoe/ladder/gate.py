@@ -26,7 +26,7 @@ __all__ = ["LEVEL", "Gate", "Pairs", "gate", "pair_up"]
 LEVEL = 0.95  # probability from which on the answer is keep, or below 1 - LEVEL drop
 DRAWS = 8  # of the baseline's law
 # Of the log ratio: at the largest rung, per e-fold of compute, and how that drifts.
-PRIOR = Prior(level=1.0, trend=(0.003, 0.01, 0.03, 0.1), drift=0.003)
+PRIOR = Prior(level=1.0, trend=tuple((sd, 0.003) for sd in (0.003, 0.01, 0.03, 0.1)))
 MIN_RUNGS = 3
 LEVELS = (0.05, 0.5, 0.95)
 FURTHEST = np.log(1e4)  # a ratio beyond which the law is not asked
