@@ -111,11 +111,18 @@ def ladder() -> Config:
 
 
 def target_moe() -> Config:
-    return replace(rung(TARGET), name="target_moe")
+    return _target("target_moe", experts=8)
 
 
 def target_dense() -> Config:
-    return replace(rung(TARGET, experts=1), name="target_dense")
+    return _target("target_dense", experts=1)
+
+
+def _target(name: str, experts: int) -> Config:
+    """An hour of two cores, so it is saved more often than a rung."""
+    config = rung(TARGET, experts=experts)
+    saved = replace(config.checkpoint, every=config.eval.every * 2)
+    return replace(config, name=name, checkpoint=saved)
 
 
 def _shape(k: int, experts: int, top_k: int) -> ModelConfig:

@@ -140,9 +140,9 @@ class Trend:
         """Noise, error of a rung, sd of the trend and of its drift, each [m]; those of a draw are
         together."""
         pairs = np.array(self.prior.trend)
-        grid = np.meshgrid(NOISE, RUNG, np.arange(len(pairs)), indexing="ij")
-        noise, rung, pair = (np.tile(g.ravel(), len(self.y)) for g in grid)
-        return noise, rung, pairs[pair, 0], pairs[pair, 1]
+        at = np.indices((NOISE.size, RUNG.size, len(pairs))).reshape(3, -1)
+        noise, rung, pair = np.tile(at, len(self.y))
+        return NOISE[noise], RUNG[rung], pairs[pair, 0], pairs[pair, 1]
 
     @property
     def _trend_sd(self) -> Floats:
