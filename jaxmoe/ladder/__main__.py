@@ -69,6 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     one = add("fit", cli_fit.command, "laws over a ladder's records, and what is out of line")
     one("ladders", type=Path, nargs="+", metavar="DIR", help=folders)
     one("--budget", type=float, metavar="FLOPS", help="the best sizes for so much compute")
+    run = "a run that was forecast from these records: what was registered, and what came"
+    one("--run", type=Path, action="append", default=[], metavar="DIR", help=run)
     one("--picture", type=Path, metavar="FILE.svg", help="loss over compute, as SVG")
 
     one = add("register", _register, "register the forecast of a run before it starts")

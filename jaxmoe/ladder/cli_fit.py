@@ -9,6 +9,7 @@ from rich.table import Table
 from jaxmoe.ladder.fit import Analysis, analyse, answer, flagged
 from jaxmoe.ladder.picture import draw
 from jaxmoe.ladder.reading import open_ladder
+from jaxmoe.ladder.targets import read_targets
 
 __all__ = ["command"]
 
@@ -17,7 +18,8 @@ WIDE = 120  # columns where there is no terminal
 
 
 def command(args: argparse.Namespace) -> int:
-    found = analyse(open_ladder(*args.ladders), args.budget)
+    ladder = open_ladder(*args.ladders)
+    found = analyse(ladder, args.budget, read_targets(args.run, ladder))
     if args.picture:
         args.picture.parent.mkdir(parents=True, exist_ok=True)
         args.picture.write_text(draw(found))
@@ -67,7 +69,27 @@ def show(found: Analysis, out: Console) -> None:
         out.print(table)
     for row, why in flagged(found):
         out.print(f"rung {row['rung']}, seed {row['seed']}, {row['tokens']:.3g} tokens: {why}")
+    _show_targets(found, out)
     _show_budget(found, out)
+
+
+def _show_targets(found: Analysis, out: Console) -> None:
+    if not found.targets:
+        return
+    table = Table(title="runs as they were forecast before their start")
+    for head in ("run", "law", "extrapolated", "median", "90 % interval", "came out", "error"):
+        table.add_column(head, justify="right")
+    for t in found.targets:
+        band = f"{t.loss.q05:.4f} to {t.loss.q95:.4f} ({t.half_width:.1%})"
+        came = "" if t.realised is None else f"{t.realised:.4f}"
+        error = "" if t.error is None else f"{t.error:+.2%}{'' if t.inside else ' (outside)'}"
+        table.add_row(t.name, t.law, f"{t.ratio:.0f}x", f"{t.loss.median:.4f}", band, came, error)
+    out.print(table)
+    for t in found.targets:
+        if not t.from_here:
+            out.print(f"{t.name}: its forecast rests on other records than these")
+        if t.problems:
+            out.print(f"{t.name}: forecast verify finds {t.problems} problems in its register")
 
 
 def _show_budget(found: Analysis, out: Console) -> None:

@@ -14,6 +14,7 @@ from jaxmoe.forecast.points import MIN_BUDGETS, SAME_BUDGET, Points
 from jaxmoe.forecast.stack import Stack, StackFit, misfits
 from jaxmoe.ladder.collapse import Collapse, collapse
 from jaxmoe.ladder.optimal import Optimum, optimal_sizes
+from jaxmoe.ladder.targets import Forecasted
 
 __all__ = ["Analysis", "Holdout", "analyse", "answer", "line_of_sizes"]
 
@@ -70,6 +71,7 @@ class Analysis:
     optimum: Optimum | None
     at_budget: Interval | None  # of a run of the optimum's sizes
     mixed: list[Mixed]
+    targets: list[Forecasted]
 
     @property
     def joint(self) -> bool:
@@ -77,7 +79,9 @@ class Analysis:
         return isinstance(self.fit, MoeStackFit)
 
 
-def analyse(ladder: Ladder, budget: float | None = None) -> Analysis:
+def analyse(
+    ladder: Ladder, budget: float | None = None, targets: Sequence[Forecasted] = ()
+) -> Analysis:
     """Raises UserError where the runs are too few or too alike to extrapolate."""
     points = ladder.points
     joint = np.unique(np.stack([points.experts, points.top_k]), axis=1).shape[1] > 1
@@ -101,6 +105,7 @@ def analyse(ladder: Ladder, budget: float | None = None) -> Analysis:
         optimum=optimum,
         at_budget=at_budget,
         mixed=mixed,
+        targets=[*targets],
     )
 
 
@@ -205,6 +210,10 @@ def answer(a: Analysis) -> dict[str, Any]:
         ],
         "optimum": optimum,
         "experts_at_budget": [asdict(m) for m in a.mixed],
+        "targets": [
+            {**asdict(t), "error": t.error, "half_width": t.half_width, "inside90": t.inside}
+            for t in a.targets
+        ],
     }
 
 

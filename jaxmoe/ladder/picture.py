@@ -1,4 +1,4 @@
-"""A ladder as one SVG: loss over compute, the law with its 90 % band, and its last hold-out.
+"""A ladder as one SVG: loss over compute, the law with its 90 % band, and runs that were forecast.
 
 Written by hand, since a README shows SVG as it is and no library of ours writes it without a
 browser. Text is escaped; there is no script in it.
@@ -12,6 +12,7 @@ import numpy as np
 from jaxmoe.forecast.curve import Floats
 from jaxmoe.forecast.points import Points
 from jaxmoe.ladder.fit import LEVELS, Analysis, line_of_sizes
+from jaxmoe.ladder.targets import Forecasted
 
 __all__ = ["draw"]
 
@@ -26,9 +27,12 @@ def draw(found: Analysis) -> str:
     that vary: there is no single line then."""
     points = found.ladder.points
     end = found.optimum.flops if found.optimum else 3 * float(points.flops.max())
-    x = np.linspace(np.log(points.flops.min()), np.log(max(end, points.flops.max())), STEPS)
+    end = max(end, *points.flops, *(t.flops for t in found.targets))
+    x = np.linspace(np.log(points.flops.min()), np.log(end), STEPS)
     band = None if found.joint else found.fit.mixture(_along(points, np.exp(x))).quantile(LEVELS)
-    frame = _Frame(x[[0, -1]], points.loss if band is None else np.append(points.loss, band))
+    marks = [v for t in found.targets for v in (t.loss.q05, t.loss.q95, t.realised) if v]
+    losses = np.concatenate([points.loss, marks, [] if band is None else band.ravel()])
+    frame = _Frame(x[[0, -1]], losses)
     parts = [*frame.grid()]
     if band is not None:
         low, middle, high = band
@@ -43,6 +47,8 @@ def draw(found: Analysis) -> str:
             f'<circle cx="{at[0]}" cy="{at[1]}" r="4" fill="{ORANGE}">'
             f"<title>{escape(said)}</title></circle>"
         )
+    for target in found.targets:
+        parts += _target(frame, target)
     title = f"{len(points)} runs: held-out loss over compute"
     if band is not None:
         title += ", law and 90 % interval"
@@ -53,6 +59,26 @@ def draw(found: Analysis) -> str:
         f' font-family="sans-serif" role="img" aria-label="{escape(title)}">\n'
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>\n{body}\n</svg>\n'
     )
+
+
+def _target(frame: "_Frame", t: Forecasted) -> list[str]:
+    """The registered interval as a bar, the median across it, and what came as a diamond."""
+    at = lambda loss: [float(v) for v in frame.path([(np.log(t.flops), loss)]).split(",")]  # noqa: E731
+    x, low = at(t.loss.q05)
+    (_, middle), (_, high) = at(t.loss.median), at(t.loss.q95)
+    said = f"{t.name}: {t.loss.median:.4f}, {t.loss.q05:.4f} to {t.loss.q95:.4f}"
+    if t.realised is not None:
+        said += f"; came out at {t.realised:.4f}, off by {t.error:+.2%}"
+    bar = f"M{x:.1f} {low:.1f}V{high:.1f}M{x - 6:.1f} {low:.1f}h12M{x - 6:.1f} {high:.1f}h12"
+    bar += f"M{x - 6:.1f} {middle:.1f}h12"
+    title = f"<title>{escape(said)}</title>"
+    parts = [f'<path d="{bar}" fill="none" stroke="{INK}" stroke-width="2">{title}</path>']
+    if t.realised is not None:
+        _, y = at(t.realised)
+        shape = f"M{x:.1f} {y - 7:.1f}l7 7l-7 7l-7 -7z"
+        parts.append(f'<path d="{shape}" fill="{ORANGE}" stroke="{INK}">{title}</path>')
+    parts.append(_text(x - 12, middle + 4, t.name, anchor="end"))
+    return parts
 
 
 def _along(points: Points, flops: Floats) -> Points:

@@ -13,7 +13,11 @@ import pytest
 from jaxmoe import config as config_lib
 from jaxmoe.config import BatchStage
 from jaxmoe.errors import UserError
+from jaxmoe.forecast.curve import Schedule
+from jaxmoe.forecast.ladder import Target
+from jaxmoe.forecast.ladder_register import register_target
 from jaxmoe.forecast.points import Points
+from jaxmoe.forecast.register import append
 from jaxmoe.forecast.stack import Stack
 from jaxmoe.ladder import records
 from jaxmoe.ladder.__main__ import main
@@ -287,6 +291,63 @@ def test_fit_writes_a_table_json_and_a_picture(tmp_path: Path, capsys: pytest.Ca
     assert [row["rung"] for row in found["rows"]] == list(range(6))
     assert main(["fit", str(tmp_path)]) == 2
     assert "no records.jsonl" in capsys.readouterr().err
+
+
+@pytest.fixture
+def forecasted(tmp_path: Path) -> tuple[Path, Path]:
+    """A ladder, and a run directory with the forecast of a target from it."""
+    folder = written(tmp_path / "l", [row_of(k) for k in range(6)])
+    identity = {"set": "h", "set_fingerprint": "a", "train_fingerprint": "b"}
+    target = Target(
+        name="big",
+        config="cb",
+        run="rb",
+        numbers={"params_active": 1e9, "tokens": 2e10, "flops": 1.2e20},
+        identity={**identity, "tokenizer_fingerprint": "c", "leaking": 0},
+        schedule=Schedule(lr=np.ones(100), tokens=2e8 * np.arange(1, 101.0)),
+        eval_steps=(50, 100),
+    )
+    register_target(open_ladder(folder), target, tmp_path / "big")
+    return folder, tmp_path / "big"
+
+
+def test_fit_shows_what_was_forecast_and_what_came(
+    forecasted: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+):
+    folder, run = forecasted
+    picture = run / "p.svg"
+    words = ["fit", str(folder), "--run", str(run)]
+    assert main([*words, "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["targets"]
+    assert found["realised"] is None and found["error"] is None and found["from_here"]
+    line = json.loads((run / "forecasts.jsonl").read_text())
+    kept = ("config", "set", "set_fingerprint", "train_fingerprint", "leaking")
+    realised = 1.01 * line["loss"]["median"]
+    ended = {"kind": "outcome", "target_step": 100, "target_tokens": 2e10}
+    ended |= {"loss": {"realised": realised}, **{k: line[k] for k in kept}}
+    append(run / "forecasts.jsonl", ended)
+    assert main([*words, "--picture", str(picture)]) == 0
+    said = capsys.readouterr().out
+    assert f"{realised:.4f}" in said and "-0.99%" in said
+    assert "other records" not in said and "problems" not in said
+    marks = ElementTree.parse(picture).getroot().findall(".//{*}path")
+    assert len(marks) == 2 and f"came out at {realised:.4f}" in picture.read_text()
+
+
+def test_fit_says_when_a_forecast_is_of_other_records_or_edited(
+    forecasted: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder, run = forecasted
+    other = written(tmp_path / "other", [row_of(k) for k in range(5)])
+    assert main(["fit", str(other), "--run", str(run)]) == 0
+    assert "big: its forecast rests on other records than these" in capsys.readouterr().out
+    file = run / "forecasts.jsonl"
+    file.write_text(file.read_text().replace('"law":"stack', '"law":"stark'))
+    assert main(["fit", str(folder), "--run", str(run)]) == 0
+    assert "forecast verify finds 1 problems" in capsys.readouterr().out
+    file.unlink()
+    assert main(["fit", str(folder), "--run", str(run)]) == 2
+    assert "no forecast from before its start" in capsys.readouterr().err
 
 
 def test_the_gates_command_answers_by_its_exit_code(
