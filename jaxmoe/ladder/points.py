@@ -165,7 +165,8 @@ def _forget_register(saved: Path) -> None:
     file = saved / "meta" / "metadata"
     meta = json.loads(file.read_text())
     if meta.get("register") is not None:
-        file.unlink()  # a link: the trunk's own stays
+        for linked in (file, saved / seal.FILE):
+            linked.unlink()  # the trunk's own stays as it is
         file.write_text(json.dumps({**meta, "register": None}))
         seal.write(saved, ITEMS)
 

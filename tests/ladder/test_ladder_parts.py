@@ -30,6 +30,8 @@ from jaxmoe.ladder.reading import check_recipe, open_ladder
 from jaxmoe.ladder.runner import submit
 from jaxmoe.model.cost import cost
 from jaxmoe.optim import rates
+from jaxmoe.run import seal
+from jaxmoe.run.checkpoint import ITEMS
 from jaxmoe.run.target import sizes_of
 from jaxmoe.transfer import tuned_at
 
@@ -227,6 +229,23 @@ def test_a_branch_without_its_trunks_state_is_a_run_of_its_own(tmp_path: Path):
     _, branch = plan_points(load_family(TOY), [1], [0], [0.5])
     assert not branch_off(branch, tmp_path)
     assert not (tmp_path / "runs" / branch.name).exists()
+
+
+def test_a_branch_begins_a_register_of_its_own(tmp_path: Path):
+    """The trunk's forecasts are of another end; its own checkpoint stays as it was sealed."""
+    trunk, branch = plan_points(load_family(TOY), [1], [0], [0.5])
+    kept = tmp_path / "runs" / trunk.name / "checkpoints" / str(branch.branch)
+    for item in ITEMS:
+        (kept / item).mkdir(parents=True)
+    meta = {"forecast": [[4, 5.0]], "register": {"count": 1, "head": "ab"}}
+    (kept / "meta" / "metadata").write_text(json.dumps(meta))
+    (kept / "state" / "values").write_text("0")
+    seal.write(kept, ITEMS)
+    assert branch_off(branch, tmp_path)
+    copy = tmp_path / "runs" / branch.name / "checkpoints" / str(branch.branch)
+    assert json.loads((copy / "meta" / "metadata").read_text()) == {**meta, "register": None}
+    assert json.loads((kept / "meta" / "metadata").read_text()) == meta
+    assert seal.problem(copy, ITEMS) is None and seal.problem(kept, ITEMS) is None
 
 
 def test_the_best_size_of_a_known_law_is_found():
