@@ -3,9 +3,12 @@
 At a share f of its tokens each sibling i still had y_i = log(log(L_i(f) / L_i(end))) to fall, the
 remaining fall that `siblings` regresses; here on log N alone, as the target has no curve yet:
 
-    y_i = y + beta log(N_i / N) + error
+    y_i = y - (integral of beta from log N_i to log N) + error
 
-and the target's loss at f is L(end) exp(exp(y)), with L(end) drawn from the forecast of its end.
+with a slope beta of which a part lasts and a part is forgotten beyond the largest sibling (LENGTH),
+as much of each as the siblings say: models under 1e5 parameters keep falling for longer the larger
+they are, and then no more. The target's loss at f is L(end) exp(exp(y)), with L(end) drawn from the
+forecast of its end.
 """
 
 from collections.abc import Sequence
@@ -22,6 +25,10 @@ __all__ = ["LEVELS", "path_from_siblings", "shares"]
 
 LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
 POINTS = 64  # of the path at most; between them it is read by straight lines
+# e-folds of parameters over which a slope is forgotten: ladders on bytes have slopes of 0.2 to 0.4
+# over their first e-fold and of 0 to 0.1 over the next (LOG.md, 2026-11-23).
+LENGTH = 1.0
+PASSING = (0.0, 0.15, 0.3)  # sd of the part of the slope that is forgotten, each as likely
 EARLIEST = 0.02  # share of the tokens before which siblings tell little: warm-up, batch ramps
 
 
@@ -74,22 +81,35 @@ def shares(run: Run) -> Floats:
 def _remaining(sizes: Floats, y: Floats) -> tuple[float, float]:
     """Mean and sd of y at log size 0, the priors and the noise being those of `siblings`."""
     k = Constants()
-    noise, drift = np.meshgrid(
-        np.exp(nodes(np.log(k.noise), k.noise_sd, 6)), k.drift * np.array([0.3, 1.0, 3.0])
-    )
-    noise, drift = noise.ravel(), drift.ravel()
-    shared = k.level_sd**2 + k.beta_sd**2 * np.outer(sizes, sizes)
+    noises = np.exp(nodes(np.log(k.noise), k.noise_sd, 6))
+    grid = np.meshgrid(noises, k.drift * np.array([0.3, 1.0, 3.0]), PASSING)
+    noise, drift, passing = (g.ravel() for g in grid)
+    top = float(sizes.max())
+    places = np.append(sizes, 0.0) - top  # of the siblings and the target
+    lasting = k.level_sd**2 + k.beta_sd**2 * np.outer(places, places)
+    shared = lasting + (passing**2)[:, None, None] * _integrated_slope(places)
     own = noise[:, None] ** 2 + (drift[:, None] * sizes) ** 2
-    inverse = np.linalg.inv(shared + own[:, :, None] * np.eye(y.size))
-    residual = y - k.level - k.beta * sizes
-    pull = k.level_sd**2 * inverse.sum(1)
-    mean = k.level + pull @ residual
-    variance = np.maximum(k.level_sd**2 * (1 - pull.sum(1)), 1e-12) + noise**2
+    inverse = np.linalg.inv(shared[:, :-1, :-1] + own[:, :, None] * np.eye(y.size))
+    residual = y - k.level - k.beta * places[:-1]
+    pull = np.einsum("mj,mji->mi", shared[:, -1, :-1], inverse)
+    mean = k.level + k.beta * places[-1] + pull @ residual
+    explained = np.einsum("mi,mi->m", pull, shared[:, -1, :-1])
+    variance = np.maximum(shared[:, -1, -1] - explained, 1e-12) + noise**2
     score = 0.5 * np.linalg.slogdet(inverse)[1]
     score -= 0.5 * np.einsum("i,mij,j->m", residual, inverse, residual)
     weight = np.exp(score - logsumexp(score))
     centre = float(weight @ mean)
     return centre, float(np.sqrt(weight @ (variance + mean**2) - centre**2))
+
+
+def _integrated_slope(places: Floats) -> Floats:
+    """[n, n] covariance of the integral from 0 of a stationary slope of variance 1 that is
+    forgotten over LENGTH: an Ornstein-Uhlenbeck process (Gillespie 1996, eq. 2.21)."""
+    t = places / LENGTH
+    near, far = (op(abs(t)[:, None], abs(t)) for op in (np.minimum, np.maximum))
+    one_side = 2 * near - 1 + np.exp(-near) + np.exp(-far) - np.exp(near - far)
+    across = -np.outer(1 - np.exp(-abs(t)), 1 - np.exp(-abs(t)))
+    return LENGTH**2 * np.where(np.outer(t, t) >= 0, one_side, across)
 
 
 def _thinned(steps: Sequence[int]) -> list[int]:

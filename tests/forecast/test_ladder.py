@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from ladder_cases import STEPS, recipe
 from jaxmoe.errors import UserError
 from jaxmoe.forecast import Run
 from jaxmoe.forecast.ladder import COMMON, Ladder, Target, read_ladder, record_sha256
+from jaxmoe.forecast.ladder_path import LENGTH, _integrated_slope
 from jaxmoe.forecast.ladder_register import forecast_target, register_target
 from jaxmoe.forecast.register import append, read, verify
 
@@ -151,6 +153,41 @@ def test_the_path_and_the_end_cover_the_truth(tmp_path: Path) -> None:
     assert np.max(np.abs(ends)) < 0.02
     first, last = ((p.q95 - p.q05) / p.median for p in (made.path[0], made.path[-1]))
     assert 1.5 * last < first < 0.15  # the regression's own error, and yet it says something
+
+
+def growing(run: Run, rung: int) -> dict[str, Any]:
+    """Compute as the square of the parameters, so that the runs span enough of it."""
+    return row_of(run, rung, flops=6e2 * float(run.params_active or 0) ** 2)
+
+
+def test_a_steep_trend_over_small_runs_is_not_carried_to_large_ones(tmp_path: Path) -> None:
+    """Sizes over one e-fold, each falling further than the one before: three e-folds on, the rest
+    of the way is that of the largest and a little more, not the line through all."""
+    made = []
+    for k, size in enumerate(BIG * np.exp([-4.3, -3.9, -3.5, -3.1])):
+        run = recipe([float(size)], seed=k, every=20)[0]
+        share = run.steps / STEPS
+        loss = 3.0 * np.exp(0.25 * np.exp(0.35 * (k / 3 - 1)) * (1 - share))
+        made.append(replace(run, loss=loss * (1 + 1e-4 * np.sin(np.arange(loss.size)))))
+    found = read_ladder([write(tmp_path, [growing(run, k) for k, run in enumerate(made)])])
+    path = forecast_target(found, big()).path
+    half = next(p for p in path if p.step == STEPS // 2)
+    fall = float(np.log(half.median / path[-1].median))
+    largest = 0.25 * 0.5
+    assert largest < fall < 2.2 * largest  # by the line: exp(0.35 * 3.1 / 0.9) = 3.3 times
+    assert np.log(half.q05 / path[-1].q05) < 1.4 * largest  # the band holds no more growth at all
+
+
+def test_the_slope_between_sizes_is_forgotten_as_stated() -> None:
+    """Against the double integral of exp(-|u - v| / LENGTH)."""
+    places = np.array([-1.5, -0.4, 0.0, 0.7, 2.5])
+    found = _integrated_slope(places)
+    grid = (np.arange(2000) + 0.5) / 2000
+    for i, a in enumerate(places):
+        for j, b in enumerate(places):
+            u, v = np.meshgrid(a * grid, b * grid)
+            wanted = a * b * np.mean(np.exp(-abs(u - v) / LENGTH))
+            assert found[i, j] == pytest.approx(wanted, rel=2e-3, abs=1e-12)
 
 
 def test_a_ladder_without_curves_registers_the_end_alone(tmp_path: Path) -> None:
