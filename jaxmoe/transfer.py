@@ -59,8 +59,12 @@ def with_base(specs: Any, base_specs: Any) -> Any:
         AssertionError: the two are not of the same architecture.
     """
 
+    def names(spec: Spec) -> tuple[str, ...]:
+        """A single head is a dim like several: only where it lies on the mesh differs."""
+        return tuple("heads" if axis == "one_head" else axis for axis in spec.axes)
+
     def one(spec: Spec, base: Spec) -> Spec:
-        assert spec.axes == base.axes, (spec.axes, base.axes)
+        assert names(spec) == names(base), (spec.axes, base.axes)
         known = replace(spec, base=tuple(base.shape[i] for i in base.own_dims))
         return replace(known, gain=known.gain * init_gain(known))
 

@@ -249,6 +249,14 @@ def test_decay_by_the_timescale() -> None:
     assert w == pytest.approx(math.exp(-1), rel=0.01)
 
 
+@pytest.mark.parametrize(("own", "base"), [(1, 4), (4, 1)])
+def test_a_single_key_and_value_head_is_a_number_of_heads_like_others(own: int, base: int) -> None:
+    few = replace(SMALL, n_heads=4, d_head=4, n_kv_heads=base)
+    many = replace(few, n_kv_heads=own, transfer=transfer.tuned_at(few))
+    spec = of_layer("attention/wk_DKH", many)
+    assert transfer._ratios(spec) == (1.0, own / base)
+
+
 def test_another_architecture_is_refused() -> None:
     """The base of a Spec is one of the same dims."""
     with pytest.raises(AssertionError):
