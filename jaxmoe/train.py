@@ -14,6 +14,7 @@ import jax
 
 import jaxmoe
 from jaxmoe import config as config_lib
+from jaxmoe import exits
 from jaxmoe import mesh as mesh_lib
 from jaxmoe.config import Config
 from jaxmoe.config_check import check
@@ -31,6 +32,7 @@ from jaxmoe.optim import rates
 from jaxmoe.run import platform, record, xla
 from jaxmoe.run.loop import Alarmed, Outcome, Trainer
 from jaxmoe.run.params import open_params
+from jaxmoe.run.preemption import Preempted
 from jaxmoe.run.progress import Display, clock, display
 from jaxmoe.run.state import param_specs
 
@@ -55,16 +57,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(config, _run_dir(args.run_dir, config), args.resume)
     except UserError as error:
         print(f"jaxmoe.train: {error}", file=sys.stderr)
-        return _leave(2)
+        return _leave(exits.MISTAKE)
     except Alarmed as alarm:
         print(f"jaxmoe.train: {alarm}; the same command goes on from here", file=sys.stderr)
-        return _leave(3)
+        return _leave(exits.ALARM)
+    except Preempted as asked:
+        print(f"jaxmoe.train: {asked}; the same command goes on from here", file=sys.stderr)
+        return _leave(exits.REQUEUE)
     except KeyboardInterrupt:
         print("jaxmoe.train: interrupted; the same command goes on from here", file=sys.stderr)
-        return _leave(130)
+        return _leave(exits.INTERRUPTED)
     except Exception:
         traceback.print_exc()
-        return _leave(1)
+        return _leave(exits.FAULT)
 
 
 def run(config: Config, run_dir: Path, resume: str) -> int:

@@ -6,10 +6,11 @@
 #
 # Rank 0 prints here; the others write LOGS/rank-K.log (LOGS defaults to a fresh folder, printed on
 # failure). The first process to fail ends all, with the end of its log shown unless rank 0 ended the
-# same way by itself (it has printed why); so does one Ctrl-C.
+# same way by itself (it has printed why); so does one Ctrl-C. SIGTERM and SIGUSR1 are passed on: all
+# save at the same step and end with 75, run it again.
 # PYTHON chooses the interpreter (default: .venv/bin/python if there is one, else python3).
 set -u
-usage() { sed -n '2,10s/^# \{0,1\}//p' "$0"; }
+usage() { sed -n '2,11s/^# \{0,1\}//p' "$0"; }
 case "${1:-}" in
   -h|--help) usage; exit 0 ;;
   ''|0|*[!0-9]*) echo "launch/local.sh: the first argument is the number of processes, not '${1:-}'" >&2; exit 2 ;;
@@ -35,7 +36,9 @@ grace() {
 }
 signal_all() { for p in "${pids[@]}"; do kill "-$1" "$p" 2>/dev/null; done; }
 end_all() { signal_all TERM; grace 10; signal_all KILL; wait "${pids[@]}" 2>/dev/null; }
-trap 'end_all; exit 130' INT TERM HUP
+asked=
+trap 'end_all; exit 130' INT HUP
+trap 'asked=yes; signal_all TERM' TERM USR1
 for ((rank = 0; rank < n; rank++)); do
   if [ "$rank" = 0 ]; then
     JAXMOE_PROCESS_ID=0 "$PYTHON" -m jaxmoe.train "$@" 2> >(tee "$logs/rank-0.log" >&2) &
@@ -45,14 +48,18 @@ for ((rank = 0; rank < n; rank++)); do
   pids+=($!)
 done
 
-left=$n zero=${pids[0]}
+left=$n zero=${pids[0]} requeue=0
 while [ "$left" -gt 0 ]; do
+  gone=
   wait -n -p gone "${pids[@]}"; code=$?
+  [ -n "${gone:-}" ] || continue  # a signal was passed on
   left=$((left - 1))
   for rank in "${!pids[@]}"; do
     [ "${pids[$rank]}" = "${gone:-}" ] || continue
     unset "pids[$rank]"
     [ "$code" = 0 ] && break
+    # Asked to end: the others are saving, as it did; 143 is of one that had not begun to train.
+    if [ "$code" = 75 ] || { [ -n "$asked" ] && [ "$code" = 143 ]; }; then requeue=75; break; fi
     grace 30  # a mistake or a crash that all share is told by rank 0, in its own words
     end_all
     if [ "$rank" != 0 ]; then
@@ -63,3 +70,4 @@ while [ "$left" -gt 0 ]; do
     exit "$code"
   done
 done
+exit "$requeue"

@@ -30,6 +30,7 @@ FLOORS = {
             "spec",
             "transfer",
             "errors",
+            "exits",
         ),
         "forecast",
     ),

@@ -35,6 +35,7 @@ from jaxmoe.run.evaluation import evaluate_sets, open_sets
 from jaxmoe.run.forecasting import ForecastHook
 from jaxmoe.run.meter import CodeLength, Meter
 from jaxmoe.run.params import Params, open_params
+from jaxmoe.run.preemption import Preempted, Preemption
 from jaxmoe.run.progress import Display
 from jaxmoe.run.record import RunRecord
 from jaxmoe.run.state import TrainState, abstract_state, init_state, relaid, state_as_saved
@@ -84,6 +85,7 @@ class Trainer:
         self.sets = open_sets(config, corpus)
         self.forecast: ForecastHook | None = None
         self.meter = Meter(config, peak=peak)
+        self.preemption = Preemption(mesh)
         self.tokens = 0  # drawn: the data position, and what batch, length and mix follow
         self.code = CodeLength()
         self._compiled: dict[Shape, Callable[..., tuple[TrainState, StepMetrics]]] = {}
@@ -173,6 +175,10 @@ class Trainer:
     # The loop
 
     def run(self, state: TrainState) -> Outcome:
+        with self.preemption.listening():
+            return self._run(state)
+
+    def _run(self, state: TrainState) -> Outcome:
         config = self.config
         step, last = int(state.step), config.train.steps
         start, pending = step, None
@@ -180,17 +186,19 @@ class Trainer:
             if due(step, config.eval.every) or step == last:
                 pending = self._read(pending)
                 self.evaluate(step, state)
-            acts = self.watching.acts()
+            acts, asked = self.watching.acts(), self.preemption.asked()
             saves = due(step, config.checkpoint.every) or step in config.checkpoint.at
-            if step != start and (saves or step == last or acts):
+            if step != start and (saves or step == last or acts or asked):
                 pending = self._read(pending)
                 self.save(step, state)
             if step == last:
                 break
+            if asked:
+                self._put_down()
+                self._event("preemption", step, f"{self.preemption.why}; saved")
+                raise Preempted(f"asked to end by {self.preemption.why}; saved at step {step}")
             if acts and config.forecast.on_alarm == "stop":
-                self.checkpoints.close()
-                if self.forecast is not None:
-                    self.forecast.settle()
+                self._put_down()
                 raise Alarmed(f"stopped at step {step} by an alarm: {acts}")
             if self.plan.at(step).shape not in self._compiled:
                 pending = self._read(pending)
@@ -205,6 +213,12 @@ class Trainer:
         nll = self.evaluated[1]
         self._event("done", step, f"held-out {nll:.5f} nats per token")
         return Outcome(step=step, nll=nll, bits_per_byte=nll * self.bits_per_nat)
+
+    def _put_down(self) -> None:
+        """Waits until all that was begun is on disk."""
+        self.checkpoints.close()
+        if self.forecast is not None:
+            self.forecast.settle()
 
     def _draw(self, step: int) -> Batch:
         """The next batch; damage that it came upon is an event, whether it stops the run or not."""
