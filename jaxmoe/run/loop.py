@@ -204,7 +204,7 @@ class Trainer:
                 pending = self._read(pending)
             with self.meter.drawing():
                 batch = self._draw(step)
-            state, metrics = self._step(state, batch)
+            state, metrics = self.take(state, batch)
             pending, earlier = (step + 1, metrics), pending
             self._read(earlier)
             step += 1
@@ -267,7 +267,8 @@ class Trainer:
             documents_BL=whole(length, numbers) if self.config.data.document_mask else None,
         )
 
-    def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    def take(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        """The update by the batch that was drawn last; the state is used up."""
         step = self.plan.step_of(self.tokens) - 1  # that the batch was drawn for
         shape = self.plan.at(step).shape
         if shape not in self._compiled:
