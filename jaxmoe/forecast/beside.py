@@ -44,28 +44,22 @@ class Beside:
         """Raises UserError where the earlier runs are too few or too alike to carry a law, or
         under MIN_RUNGS sizes are in both ladders."""
         law = Stack().fit(self.earlier)
-        sizes = np.stack([np.log(v) for v in _sizes(self.earlier)])
-        level = np.log(law.predict(self.earlier))
-        cells: dict[tuple[int, ...], list[int]] = {}
-        for i in range(len(points)):
-            own = np.array([np.log(v[i]) for v in _sizes(points)])
-            near = np.flatnonzero(np.all(abs(sizes - own[:, None]) < ALIKE, axis=0))
-            if near.size:
-                cells.setdefault(tuple(near.tolist()), []).append(i)
+        cells = _cells(self.earlier, points)
         if len(cells) < MIN_RUNGS:
             raise UserError(
                 f"{len(cells)} sizes are in both ladders, and the trend between them needs"
                 f" {MIN_RUNGS}: train the rungs of one in the other"
             )
-        own_level = np.log(law.predict(points))
-        rows = [
-            _cell(
-                np.log(self.earlier.loss[list(theirs)]) - level[list(theirs)],
-                np.log(points.loss[ours]) - own_level[ours],
-                np.log(points.flops[ours]),
-            )
-            for theirs, ours in cells.items()
-        ]
+        # Off the earlier ladder's law each, as sizes are not quite the same.
+        before = np.log(self.earlier.loss) - np.log(law.predict(self.earlier))
+        now = np.log(points.loss) - np.log(law.predict(points))
+        pairs = [_pairs(self.earlier, points, *cell) for cell in cells]
+        if min(map(len, pairs)) > 0 and sum(map(len, pairs)) > len(pairs):
+            found = [_paired(now[ours] - before[theirs]) for theirs, ours in map(_columns, pairs)]
+        else:
+            found = [_apart(before[theirs], now[ours]) for theirs, ours in cells]
+        places = [float(np.mean(np.log(points.flops[ours]))) for _, ours in cells]
+        rows = [(at, *one) for at, one in zip(places, found, strict=True)]
         place, count, ratio, scatter, freedom = np.array(rows).T
         trend = Trend(
             x=place - place.max(),
@@ -76,9 +70,8 @@ class Beside:
             freedom=float(freedom.sum()),
             prior=PRIOR,
         )
-        return BesideFit(
-            law=law, trend=trend, top=float(place.max()), runs=sum(map(len, cells.values()))
-        )
+        runs = sum(len(ours) for _, ours in cells)
+        return BesideFit(law=law, trend=trend, top=float(place.max()), runs=runs)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -120,14 +113,41 @@ class BesideFit:
         )
 
 
-def _sizes(points: Points) -> tuple[Floats, Floats, Floats]:
-    return points.params_active, points.tokens, points.flops
+def _cells(earlier: Points, points: Points) -> list[tuple[list[int], list[int]]]:
+    """Indices of the runs of one size, of the earlier ladder and of the new one."""
+    theirs, ours = (
+        np.log(np.stack([p.params_active, p.tokens, p.flops])) for p in (earlier, points)
+    )
+    found: dict[tuple[int, ...], list[int]] = {}
+    for i in range(len(points)):
+        near = np.flatnonzero(np.all(abs(theirs - ours[:, i : i + 1]) < ALIKE, axis=0))
+        if near.size:
+            found.setdefault(tuple(near.tolist()), []).append(i)
+    return [(list(near), own) for near, own in found.items()]
 
 
-def _cell(theirs: Floats, ours: Floats, place: Floats) -> tuple[float, float, float, float, float]:
-    """Of runs of one size, off the earlier ladder's law each: log compute, runs that the noise of
-    the ratio is over, log ratio, squares about the two means, and how many of these are free."""
+def _pairs(
+    earlier: Points, points: Points, theirs: list[int], ours: list[int]
+) -> list[tuple[int, int]]:
+    """Of runs of one size those with the same seed, which share some of their luck: the order of
+    the text, where that is the same, and draws of parameters of the same name."""
+    by_seed = {float(earlier.seed[i]): i for i in theirs if np.isfinite(earlier.seed[i])}
+    return [(by_seed[s], j) for j in ours if (s := float(points.seed[j])) in by_seed]
+
+
+def _columns(pairs: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    return [i for i, _ in pairs], [j for _, j in pairs]
+
+
+def _paired(ratio: Floats) -> tuple[float, float, float, float]:
+    """Of the log ratios of pairs: how many, their mean, squares about it, how many are free."""
+    squares = float(np.sum((ratio - ratio.mean()) ** 2))
+    return float(ratio.size), float(ratio.mean()), squares, ratio.size - 1.0
+
+
+def _apart(theirs: Floats, ours: Floats) -> tuple[float, float, float, float]:
+    """Of runs that are no pairs: runs that the noise of the ratio is over, log ratio, squares about
+    the two means, how many are free."""
     squares = float(np.sum((theirs - theirs.mean()) ** 2) + np.sum((ours - ours.mean()) ** 2))
     count = 1 / (1 / theirs.size + 1 / ours.size)
-    free = theirs.size + ours.size - 2
-    return float(place.mean()), count, float(ours.mean() - theirs.mean()), squares, free
+    return count, float(ours.mean() - theirs.mean()), squares, theirs.size + ours.size - 2.0

@@ -214,6 +214,7 @@ def _points(rows: Sequence[Mapping[str, Any]]) -> Points:
         column("loss"),
         router=[str(row.get("router") or "") for row in rows],
         bytes_per_token=bytes_per_token,
+        seed=column("seed"),
         **{key: column(key) for key in SHAPE},
     )
     assert len(points) == len(rows)

@@ -36,7 +36,7 @@ class Points:
         params_total: [n]; where NaN, params_active.
         unique_tokens: [n]; where NaN, tokens: every token seen once.
         experts, top_k: [n]; where NaN, 1.
-        bytes_per_token: [n]; NaN where unknown.
+        bytes_per_token, seed: [n]; NaN where unknown.
         router: [n] names, "" where unknown.
         dropped: rows left out.
 
@@ -53,6 +53,7 @@ class Points:
     experts: Floats
     top_k: Floats
     bytes_per_token: Floats
+    seed: Floats
     router: np.ndarray
     dropped: int = 0
 
@@ -69,6 +70,7 @@ class Points:
         experts: ArrayLike | None = None,
         top_k: ArrayLike | None = None,
         bytes_per_token: ArrayLike | None = None,
+        seed: ArrayLike | None = None,
         router: Sequence[str] | None = None,
     ) -> "Points":
         """Points from plain numbers. Without `loss` they are a target, and none is dropped."""
@@ -96,6 +98,7 @@ class Points:
             experts=given(experts, np.ones(size), "experts"),
             top_k=given(top_k, np.ones(size), "top_k"),
             bytes_per_token=given(bytes_per_token, np.full(size, np.nan), "bytes_per_token"),
+            seed=given(seed, np.full(size, np.nan), "seed"),
             router=names,
         )
         keep = np.ones(size, bool)
