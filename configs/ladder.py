@@ -70,7 +70,7 @@ def rung(
     batch = max(1, round(sequences))
     plain = tokens / (batch * SEQ_LEN)  # steps of horizon 1
     steps = max(10, round(plain * horizon))
-    # Whole sequences are up to a sixth off the rule: the rate makes up for it (arXiv:2205.10287).
+    # Whole sequences are up to a fifth off the rule: the rate makes up for it (arXiv:2205.10287).
     lr = (laws["lr"](tokens) if "lr" in laws else RATES[optim]) * (batch / sequences) ** 0.5
     every = max(1, steps // 25)
     kind = "dense" if experts == 1 else f"moe{experts}"

@@ -19,6 +19,7 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
+from jaxmoe import config as config_lib
 from jaxmoe import exits
 from jaxmoe import mesh as mesh_lib
 from jaxmoe.config_check import check
@@ -36,7 +37,7 @@ from jaxmoe.run.again import (
 )
 from jaxmoe.run.loop import Trainer
 from jaxmoe.run.progress import Silent
-from jaxmoe.run.state import abstract_state, state_as_saved
+from jaxmoe.run.state import abstract_state, relaid, state_as_saved
 
 SHOWN = 8  # differences
 ROUNDING = 1e-5  # on another mesh than the run's, losses agree so far
@@ -45,7 +46,8 @@ EXAMPLES = """examples:
   python -m jaxmoe.replay runs/mine --step 1204            what an alarm named
   python -m jaxmoe.replay runs/mine --step 1204 --json
 
-exit codes: 0 all replays and the record agree, 1 something differs, 2 a mistake in the question"""
+exit codes: 0 replays agree, and the record where it has the steps, 1 something differs, 2 a mistake
+in what was asked"""
 
 Bend = Callable[[str, Any], Any]
 
@@ -57,17 +59,21 @@ class Replay:
     Attributes:
         began: the checkpoint's step.
         recorded: the loss and the gradient's norm in the run's metrics; None where that step was
-            not logged. replayed: ours.
-        first_unlike: the first logged step, from the checkpoint to this one, whose recorded loss
-            the replay does not give.
-        same_mesh: whether the run had this mesh, so that losses are compared bit for bit.
+            not logged. replayed: ours. crashed: whether the run ended here, by a number that is
+            not finite.
+        compared: recorded steps from the checkpoint to this one; first_unlike: the first of them
+            that the replay does not give.
+        same_mesh: whether the run had this mesh in one process, so that losses are compared bit
+            for bit.
         twice, elsewhere: differences of the new state; elsewhere is None with a single device.
     """
 
     step: int
     began: int
     recorded: tuple[float, float] | None
+    crashed: bool
     replayed: tuple[float, float]
+    compared: int
     first_unlike: int | None
     same_mesh: bool
     twice: list[Difference]
@@ -79,7 +85,9 @@ class Replay:
             return "non-deterministic"
         if self.elsewhere:
             return "device-bound"
-        return "deterministic" if self.first_unlike is None else "not repeated"
+        if self.first_unlike is not None:
+            return "not repeated"
+        return "deterministic" if self.compared else "unrecorded"
 
     @property
     def meaning(self) -> str:
@@ -94,6 +102,8 @@ MEANINGS = {
     " that errs now and then; repeat it, and test the devices named below",
     "device-bound": "other devices give other bits: one of those named below computes wrongly;"
     " take it out and resume from the checkpoint before",
+    "unrecorded": "the same bits each time and on other devices; but the run logged no step between"
+    " the checkpoint and this one, so nobody knows whether they are the run's: take a logged step",
     "not repeated": "the replay repeats itself but not the record: the run's own devices erred"
     " then, or code, libraries or data changed since; resume from the checkpoint before the step"
     " that differs first",
@@ -113,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(told))
     else:
         _show(found)
-    return exits.DONE if found.verdict == "deterministic" else exits.FAULT
+    return exits.DONE if found.verdict in ("deterministic", "unrecorded") else exits.FAULT
 
 
 def replay(run_dir: Path, step: int, bend: Bend | None = None) -> Replay:
@@ -130,6 +140,7 @@ def replay(run_dir: Path, step: int, bend: Bend | None = None) -> Replay:
     if not 1 <= step <= config.train.steps:
         raise UserError(f"--step {step}: the run has steps 1 to {config.train.steps}")
     checkpoint = checkpoint_before(run_dir, step - 1)
+    meta = json.loads((checkpoint / "meta" / "metadata").read_text())
     platform.start(config)
     if jax.process_count() > 1:
         raise UserError("replay runs in one process; emulate the mesh, or give it all devices")
@@ -140,7 +151,7 @@ def replay(run_dir: Path, step: int, bend: Bend | None = None) -> Replay:
     losses: dict[int, float] = {}
 
     def trainer(on: Mesh) -> Trainer:
-        return Trainer(config, on, corpus, run_dir, Silent(), math.inf)
+        return Trainer(config, on, corpus, run_dir, Silent(), math.inf, writes=False)
 
     def take(own: Trainer, state: Any, number: int) -> tuple[Any, tuple[float, float]]:
         """Update `number` from the state before it, which is used up."""
@@ -153,7 +164,11 @@ def replay(run_dir: Path, step: int, bend: Bend | None = None) -> Replay:
     with jax.set_mesh(mesh):
         own = trainer(mesh)
         abstract = abstract_state(config, mesh)
-        state = restore(checkpoint, state_as_saved(config, mesh, config.mesh.rounds))
+        saved = meta["config"]["mesh"]
+        rounds = saved.get("rounds", 1)
+        state = restore(checkpoint, state_as_saved(config, mesh, rounds))
+        if rounds != config.mesh.rounds:
+            state = relaid(state, abstract)
         began = int(state.step)
         for number in range(began + 1, step):
             state, _ = take(own, state, number)
@@ -168,49 +183,57 @@ def replay(run_dir: Path, step: int, bend: Bend | None = None) -> Replay:
         with jax.set_mesh(other):
             new, _ = take(trainer(other), before.put(abstract_state(config, other)), step)
             elsewhere = [*differences(first, Snapshot.of(bend("elsewhere", new)))]
-    return _compared(run_dir, mesh, step, began, replayed, losses, twice, elsewhere)
+    told = json.loads((run_dir / record.ENVIRONMENT).read_text())
+    alike = told["mesh"] == dict(mesh.shape) and "processes" not in told["devices"]
+    alike = alike and saved == config_lib.as_dict(config)["mesh"]
+    row, crashed, compared, unlike = _compared(run_dir, losses, replayed, step, same_mesh=alike)
+    return Replay(
+        step=step,
+        began=began,
+        recorded=row,
+        crashed=crashed,
+        replayed=replayed,
+        compared=compared,
+        first_unlike=unlike,
+        same_mesh=alike,
+        twice=twice,
+        elsewhere=elsewhere,
+    )
 
 
 def _compared(
     run_dir: Path,
-    mesh: Mesh,
-    step: int,
-    began: int,
-    replayed: tuple[float, float],
     losses: dict[int, float],
-    twice: list[Difference],
-    elsewhere: list[Difference] | None,
-) -> Replay:
-    """With what the run recorded."""
+    replayed: tuple[float, float],
+    step: int,
+    *,
+    same_mesh: bool,
+) -> tuple[tuple[float, float] | None, bool, int, int | None]:
+    """What the run recorded of the step, whether it crashed there, how many steps were compared,
+    and the first that is not as replayed."""
     rows = {row["step"]: row for row in record.read_lines(run_dir / record.METRICS)}
-    about = json.loads((run_dir / record.ENVIRONMENT).read_text())
-    same_mesh = about["mesh"] == dict(mesh.shape)
     close = 0.0 if same_mesh else ROUNDING
-
-    def unlike(number: int) -> bool:
-        told = rows[number]["train/nll"]
-        return not math.isclose(told, losses[number], rel_tol=close)
-
-    recorded = None
-    if step in rows:
-        recorded = rows[step]["train/nll"], rows[step]["train/grad_norm"]
-    return Replay(
-        step=step,
-        began=began,
-        recorded=recorded,
-        replayed=replayed,
-        first_unlike=next((n for n in sorted(losses) if n in rows and unlike(n)), None),
-        same_mesh=same_mesh,
-        twice=twice,
-        elsewhere=elsewhere,
-    )
+    alike = {
+        n: math.isclose(rows[n]["train/nll"], losses[n], rel_tol=close)
+        for n in sorted(losses)
+        if n in rows
+    }
+    events = record.read_lines(run_dir / record.EVENTS)
+    crashed = any(one["what"] == "crash" and one["step"] == step for one in events)
+    if crashed:  # such a step has no line
+        alike[step] = not all(map(math.isfinite, replayed))
+    row = rows.get(step)
+    told = None if row is None else (row["train/nll"], row["train/grad_norm"])
+    return told, crashed, len(alike), next((n for n, same in alike.items() if not same), None)
 
 
 def _show(found: Replay) -> None:
     out = Console(highlight=False, soft_wrap=True)
     loss, norm = found.replayed
     out.print(f"step {found.step}, from checkpoint {found.began}: loss {loss!r}, gradient {norm!r}")
-    if found.recorded is None:
+    if found.crashed:
+        out.print("recorded: the run ended here, its loss or gradient was not finite")
+    elif found.recorded is None:
         out.print("recorded: this step was not logged (train.log_every)")
     else:
         out.print(f"recorded: loss {found.recorded[0]!r}, gradient {found.recorded[1]!r}")

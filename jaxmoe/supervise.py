@@ -23,6 +23,7 @@ PATIENCE = 3  # faults in a row without a step forward
 FIRST_WAIT, LONGEST_WAIT = 1.0, 300.0  # seconds before a restart; doubled after each fault
 JITTER = 0.25  # of a wait, so that many runs do not come back at once
 REQUESTS = (signal.SIGTERM, signal.SIGUSR1)
+BY_REQUEST = tuple(128 + one for one in REQUESTS)
 FINAL = (exits.DONE, exits.MISTAKE, exits.ALARM, exits.REQUEUE, exits.INTERRUPTED)
 
 EXAMPLES = f"""examples:
@@ -55,12 +56,12 @@ def supervise(command: Sequence[str], run_dir: Path, patience: int = PATIENCE) -
     furthest, fruitless, wait = furthest_step(run_dir), 0, FIRST_WAIT
     while True:
         code = child.run()
+        if code in FINAL:
+            return code
         if child.interrupted:
             return exits.INTERRUPTED
         if child.asked:  # a command that had not begun to train ends by the signal itself
-            return exits.REQUEUE if code in (*(-one for one in REQUESTS), exits.REQUEUE) else code
-        if code in FINAL:
-            return code
+            return exits.REQUEUE if code in BY_REQUEST else code
         step = furthest_step(run_dir)
         if step > furthest:
             furthest, fruitless, wait = step, 0, FIRST_WAIT
@@ -107,14 +108,16 @@ class _Child:
         signal.signal(signal.SIGINT, self._interrupt)
 
     def run(self) -> int:
-        """Its exit code; minus the signal that ended it."""
+        """Its exit code; 128 and the signal that ended it, as a shell says it."""
         try:
             self._process = subprocess.Popen(self._command)
         except OSError as error:
             raise UserError(f"cannot run {self._command[0]}: {error.strerror}") from error
+        if self.asked:  # while it was started
+            self._process.send_signal(signal.SIGTERM)
         code = self._process.wait()
         self._process = None
-        return code
+        return code if code >= 0 else 128 - code
 
     def pause(self, seconds: float) -> bool:
         """Whether nobody asked to end meanwhile."""
@@ -133,7 +136,8 @@ class _Child:
 
 
 def _ended(code: int) -> str:
-    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    known = {128 + one: f"signal {one.name}" for one in signal.Signals}
+    return known.get(code, f"exit code {code}")
 
 
 def _run_dir(command: Sequence[str]) -> Path:

@@ -52,14 +52,22 @@ left=$n zero=${pids[0]} requeue=0
 while [ "$left" -gt 0 ]; do
   gone=
   wait -n -p gone "${pids[@]}"; code=$?
-  [ -n "${gone:-}" ] || continue  # a signal was passed on
+  if [ -z "${gone:-}" ]; then  # a signal was passed on, or (127) bash has told of this end already
+    [ "$code" = 127 ] || continue
+    for p in "${pids[@]}"; do
+      kill -0 "$p" 2>/dev/null || { gone=$p; wait "$p"; code=$?; break; }
+    done
+    [ -n "${gone:-}" ] || continue
+  fi
   left=$((left - 1))
   for rank in "${!pids[@]}"; do
     [ "${pids[$rank]}" = "${gone:-}" ] || continue
     unset "pids[$rank]"
     [ "$code" = 0 ] && break
-    # Asked to end: the others are saving, as it did; 143 is of one that had not begun to train.
-    if [ "$code" = 75 ] || { [ -n "$asked" ] && [ "$code" = 143 ]; }; then requeue=75; break; fi
+    # Asked to end: the others are saving, as it did. 143 and 138 are of one that had not begun to
+    # train; one may also miss the coordinator, who left a moment before it.
+    if [ "$code" = 75 ] || [ "$requeue" = 75 ]; then requeue=75; break; fi
+    if [ -n "$asked" ] && { [ "$code" = 143 ] || [ "$code" = 138 ]; }; then requeue=75; break; fi
     grace 30  # a mistake or a crash that all share is told by rank 0, in its own words
     end_all
     if [ "$rank" != 0 ]; then

@@ -136,6 +136,12 @@ def test_the_run_directory_is_that_of_the_command(tmp_path: Path) -> None:
     assert starts(run) == 2
 
 
+DEAF = """
+import sys, time
+from pathlib import Path
+Path(sys.argv[1], "ready").write_text("")
+time.sleep(60)
+"""
 SLOW = """
 import signal, sys, time
 from pathlib import Path
@@ -147,6 +153,19 @@ for one in (signal.SIGTERM, signal.SIGUSR1):
 Path(sys.argv[1], "ready").write_text("")
 time.sleep(60)
 """
+
+
+def test_a_command_that_had_not_begun_ends_by_the_request_and_is_to_be_run_again(
+    tmp_path: Path,
+) -> None:
+    inner = [sys.executable, "-c", DEAF, str(tmp_path)]
+    words = [sys.executable, "-m", "jaxmoe.supervise", "--run-dir", str(tmp_path), "--", *inner]
+    with subprocess.Popen(words, cwd=ROOT, start_new_session=True) as process:
+        while not (tmp_path / "ready").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 75
 
 
 @pytest.mark.parametrize(

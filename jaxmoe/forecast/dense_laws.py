@@ -114,7 +114,8 @@ class DenseLaw:
 
     def fit_unchecked(self, points: Points) -> "DenseFit":
         """`fit` without the refusal, for backtests on parts of a ladder."""
-        return DenseFit(law=self, points=thinned(points))
+        own = replace(self, constants=self.constants.of(points))
+        return DenseFit(law=own, points=thinned(points))
 
     def features(self, points: Points, scale: float) -> Floats:
         """[g, n, p] the reducible terms and E over `scale`, each at its prior size."""

@@ -185,6 +185,12 @@ def _before_start(
 ) -> tuple[str, dict[str, float], Mixture]:
     """Law, weights and what it says. Ladders of one shape of experts need no law of experts."""
     if earlier is not None:
+        for runs, of in ((points, target), (earlier.points, earlier.points)):
+            if not _one_shape(runs, of):
+                raise UserError(
+                    "--earlier: experts, top-k or router differ within a ladder or from the target,"
+                    " and runs are paired by sizes alone; give ladders of one shape each"
+                )
         beside = Beside(earlier=earlier.points).fit(points)
         return Beside.name, beside.weights, beside.mixture(target)
     alike = _one_shape(points, target)

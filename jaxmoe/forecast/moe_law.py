@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxmoe.errors import UserError
 from jaxmoe.forecast.curve import Floats
-from jaxmoe.forecast.dense_laws import DEFAULT, REFERENCE_D, REFERENCE_N
+from jaxmoe.forecast.dense_laws import DEFAULT
 from jaxmoe.forecast.gaussian import nodes
 from jaxmoe.forecast.mixture import Mixture, combine
 from jaxmoe.forecast.points import Points
@@ -143,9 +143,9 @@ class MoeFit:
         """Expected share of c in the least loss: with the constants of `dense_laws`, at the size of
         that run. The term in tokens belongs to c where all runs have the same tokens."""
         best = int(np.argmin(self.points.loss))
-        n = float(self.points.params_active[best]) / REFERENCE_N
-        d = float(self.points.effective_tokens[best]) / REFERENCE_D
-        k = DEFAULT
+        k = DEFAULT.of(self.points)
+        n = float(self.points.params_active[best]) / k.reference_params
+        d = float(self.points.effective_tokens[best]) / k.reference_tokens
         by_size = k.params_term * n**-k.exponent
         by_tokens = k.tokens_term * d**-k.exponent
         floor = k.irreducible + (1 - self._together()) * by_tokens

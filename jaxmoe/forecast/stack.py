@@ -13,6 +13,7 @@ from jaxmoe.errors import UserError
 from jaxmoe.forecast.curve import Floats
 from jaxmoe.forecast.dense_laws import (
     DEFAULT,
+    LAWS,
     Constants,
     DenseFit,
     DenseLaw,
@@ -53,8 +54,7 @@ class Stack:
     def laws(self, points: Points) -> tuple[DenseLaw, ...]:
         """The members for these runs: compute alone is a law only where N and D follow from it."""
         names = [n for n in self.names if n != "compute" or frontier_spread(points) <= FRONTIER]
-        laws = with_constants(self.constants.of(points))
-        return tuple(law for law in laws if law.name in names)
+        return tuple(law for law in with_constants(self.constants) if law.name in names)
 
     def fit(self, points: Points) -> "StackFit":
         """Raises UserError where the runs are too few or too alike to extrapolate."""
@@ -159,7 +159,7 @@ def misfits(points: Points, law: DenseLaw | None = None) -> list[int]:
 
     Such a rung is mis-tuned or its loss is of another held-out set; nothing is dropped for it.
     """
-    law = law or with_constants(DEFAULT.of(points))[0]
+    law = law or LAWS[0]
     found = []
     for i in range(len(points)):
         others = np.arange(len(points)) != i

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxmoe.errors import UserError
 from jaxmoe.forecast.curve import Floats
-from jaxmoe.forecast.dense_laws import DEFAULT, DenseLaw
+from jaxmoe.forecast.dense_laws import DenseLaw
 from jaxmoe.forecast.points import Points, refuse_thin
 from jaxmoe.forecast.trend import Prior, Trend
 
@@ -201,11 +201,7 @@ class Law:
         ends = np.log(points.flops)
         x = np.linspace(ends.min() - BELOW, ends.max() + FURTHEST, GRID)
         target = Points.of(np.ones(GRID), np.exp(x), flops=np.exp(x))
-        loss = (
-            DenseLaw(name="compute", constants=DEFAULT.of(points))
-            .fit(points)
-            .curves(target, n=DRAWS, rng=rng)
-        )
+        loss = DenseLaw(name="compute").fit(points).curves(target, n=DRAWS, rng=rng)
         # A draw with a negative transient turns below the ladder, where it says nothing.
         falling: Floats = np.maximum.accumulate(loss[:, ::-1], axis=1)[:, ::-1]
         return cls(x=x, loss=falling - 1e-9 * np.arange(GRID))

@@ -75,11 +75,14 @@ class Trainer:
         display: Display,
         peak: float,
         origin: Params | None = None,
+        *,
+        writes: bool = True,
     ) -> None:
-        """`origin`: the parameters at `checkpoint.init_from`, where they are open already."""
+        """`origin`: the parameters at `checkpoint.init_from`, where they are open already. Without
+        `writes` the run directory stays as it is."""
         self.config, self.mesh, self.corpus, self.display = config, mesh, corpus, display
         self.origin = origin
-        self.record = RunRecord(run_dir, writes=jax.process_index() == 0)
+        self.record = RunRecord(run_dir, writes=writes and jax.process_index() == 0)
         self.plan = curriculum(config)
         self.stream = feed.open_stream(config, corpus)
         self.sets = open_sets(config, corpus)
@@ -193,13 +196,14 @@ class Trainer:
                 self.save(step, state)
             if step == last:
                 break
-            if asked:
-                self._put_down()
-                self._event("preemption", step, f"{self.preemption.why}; saved")
-                raise Preempted(f"asked to end by {self.preemption.why}; saved at step {step}")
             if acts and config.forecast.on_alarm == "stop":
                 self._put_down()
                 raise Alarmed(f"stopped at step {step} by an alarm: {acts}")
+            if asked:
+                self._put_down()
+                done = f"saved at step {step}" if step else "before the first step"
+                self._event("preemption", step, f"{self.preemption.why}; {done}")
+                raise Preempted(f"asked to end by {self.preemption.why}; {done}")
             if self.plan.at(step).shape not in self._compiled:
                 pending = self._read(pending)
             with self.meter.drawing():

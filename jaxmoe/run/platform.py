@@ -27,6 +27,8 @@ def start(config: Config) -> None:
     if n_processes == 1:
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # It would swallow SIGTERM from here on; run/preemption.py listens while there is a run.
+    jax.config.update("jax_enable_preemption_service", False)
     process_id = int(os.environ["JAXMOE_PROCESS_ID"])
     try:
         jax.distributed.initialize(address, num_processes=n_processes, process_id=process_id)

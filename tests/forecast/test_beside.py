@@ -151,6 +151,16 @@ def test_the_line_names_the_earlier_runs_and_is_guarded(
     assert verify(path)
 
 
+def test_ladders_of_several_shapes_of_experts_are_refused(
+    places: tuple[Path, Path], tmp_path: Path
+) -> None:
+    mixed = [{**row, "experts": 1 + 7 * (k % 2), "top_k": 1} for k, row in enumerate(rows(seed=1))]
+    ladder = read_ladder([places[0]])
+    earlier = read_ladder([write(tmp_path / "mixed", mixed)])
+    with pytest.raises(UserError, match="give ladders of one shape each"):
+        forecast_target(ladder, big(), earlier=earlier)
+
+
 def test_earlier_runs_are_earlier_and_not_the_target(
     places: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ from subprocess import Popen
 import numpy as np
 import pytest
 from processes import (
+    LOCAL,
     PATIENCE,
     alive,
     events,
@@ -73,6 +74,24 @@ def kill_rank_1(process: Popen) -> None:
     """Rank 0 hangs: it will not notice by itself that its peer is gone."""
     os.kill(rank(process, 0), signal.SIGSTOP)
     os.kill(rank(process, 1), signal.SIGKILL)
+
+
+def test_a_request_before_training_ends_all_at_once_and_is_to_be_repeated(tmp_path: Path):
+    """Four ranks that die by the signal in the same moment, as while they import."""
+    fake = tmp_path / "python"
+    fake.write_text('#!/bin/sh\n[ "$1" = -c ] && exec python3 "$@"\nexec sleep 60\n')
+    fake.chmod(0o755)
+    env = {**os.environ, "PYTHON": str(fake), "LOGS": str(tmp_path / "logs")}
+    with Popen([str(LOCAL), "4"], env=env, start_new_session=True) as process:
+        while len(alive(process.pid)) < 5 or not (tmp_path / "logs" / "rank-3.log").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(0.3)  # until they sleep
+        process.terminate()
+        try:
+            assert process.wait(timeout=20) == 75
+        finally:
+            kill_group(process)
 
 
 def press_ctrl_c(process: Popen) -> None:

@@ -30,7 +30,7 @@ def test_a_run_that_is_asked_to_end_saves_and_goes_on_bit_for_bit(
     assert asked_at(run_dir, train(run_dir, *never), text_cache, number) == 75
     (told,) = events(run_dir, "preemption")
     step = told["step"]
-    assert 7 <= step < 24 and told["why"] == f"{signal.Signals(number).name}; saved"
+    assert 7 <= step < 24 and told["why"] == f"{signal.Signals(number).name}; saved at step {step}"
     assert [f.name for f in (run_dir / "checkpoints").iterdir()] == [str(step)]
     said = (tmp_path / "log").read_text()
     assert "Traceback" not in said and f"saved at step {step}; the same command goes on" in said
@@ -65,7 +65,7 @@ def test_what_one_of_two_processes_hears_stops_both_at_one_step(
         os.kill(rank_1(process), signal.SIGTERM)
         assert process.wait(timeout=PATIENCE) == 75, log.read_text()[-3000:]
     (told,) = events(run_dir, "preemption")
-    assert told["why"] == "another process was asked to end; saved"
+    assert told["why"] == f"another process was asked to end; saved at step {told['step']}"
     assert asked_at(run_dir, command, text_cache, signal.SIGTERM) in (75, 0)
     if len(events(run_dir, "preemption")) == 2:
         finish(command, text_cache)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from jaxmoe import replay as replay_lib
 from jaxmoe import tree
 from jaxmoe.replay import main, replay
 from jaxmoe.run import platform
+from jaxmoe.run.loop import Trainer
 
 LEAF = "params/layers/"
 
@@ -29,8 +31,6 @@ def contents(folder: Path) -> dict[str, str]:
 def test_a_step_of_a_sound_run_is_repeated_bit_for_bit_and_nothing_is_written(
     straight: Path, text_cache: Path
 ) -> None:
-    import sys
-
     before = contents(straight)
     command = [sys.executable, "-m", "jaxmoe.replay", str(straight), "--step", "22", "--json"]
     done = run(command, text_cache)
@@ -108,6 +108,39 @@ def test_a_record_that_is_not_repeated_is_told_from_the_step_where_it_begins(
     assert main([str(copy), "--step", "22"]) == 1
     said = capsys.readouterr().out
     assert "the record differs first at step 20" in said and "not repeated: " in said
+
+
+def test_a_step_that_was_not_recorded_is_not_said_to_be_repeated(
+    here: None, straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(straight, copy)
+    rows = lines(copy / "metrics.jsonl")[:18]
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main([str(copy), "--step", "20"]) == 0
+    assert "unrecorded: " in capsys.readouterr().out
+    crash = {"step": 20, "what": "crash", "why": "the train loss is nan"}
+    with open(copy / "events.jsonl", "a") as events:
+        events.write(json.dumps(crash) + "\n")
+    assert main([str(copy), "--step", "20"]) == 1
+    said = capsys.readouterr().out
+    assert "the run ended here" in said and "the record differs first at step 20" in said
+
+
+def test_events_of_the_trainer_are_not_written(
+    here: None, straight: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the one that tells of a shape of a ramp that is compiled."""
+    before = contents(straight)
+    take = Trainer.take
+
+    def telling(self: Trainer, *args: Any) -> Any:
+        self._event("shape", 1, "compiled")
+        return take(self, *args)
+
+    monkeypatch.setattr(Trainer, "take", telling)
+    assert replay(straight, 19).verdict == "deterministic"
+    assert contents(straight) == before
 
 
 @pytest.mark.parametrize(
