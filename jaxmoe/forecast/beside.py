@@ -26,7 +26,13 @@ __all__ = ["Beside", "BesideFit"]
 # Of the log ratio of losses: at the largest rung, per e-fold of compute, and how that drifts: a
 # ratio that changes fast may also change how fast. log L falls by 0.03 to 0.1 per e-fold; two
 # recipes on one text differ in that by a hundredth of it to a tenth, two texts by up to a third.
-PRIOR = Prior(level=0.5, trend=((0.001, 1e-4), (0.003, 3e-4), (0.01, 1e-3), (0.03, 3e-3)))
+# A trend over small runs may die away as losses near their floors: in our one case at 300 times the
+# compute a slope of 0.023 between two texts was gone beyond the rungs (LOG.md, 2026-11-23).
+PRIOR = Prior(
+    level=0.5,
+    trend=((0.001, 1e-4), (0.003, 3e-4), (0.01, 1e-3), (0.03, 3e-3)),
+    lengths=(0.5, 1.0, 2.0, 4.0, np.inf),
+)
 ALIKE = 0.1  # in logs of parameters, of tokens and of compute: up to here sizes are equal
 MIN_RUNGS = 3
 SHARE = 1e-3  # of the largest weight: lighter pairs of components are dropped

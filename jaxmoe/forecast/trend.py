@@ -18,7 +18,7 @@ import numpy as np
 from jaxmoe.forecast.curve import Floats
 from jaxmoe.forecast.dense_laws import integrated
 from jaxmoe.forecast.gaussian import nodes
-from jaxmoe.forecast.mixture import Mixture
+from jaxmoe.forecast.mixture import Mixture, combine
 
 __all__ = ["Prior", "Trend"]
 
@@ -29,10 +29,12 @@ RUNG = np.exp(nodes(np.log(0.0005), 1.5, 5))  # relative, of a rung
 @dataclass(frozen=True, kw_only=True)
 class Prior:
     """Standard deviations: of the level; and, each pair as likely, of the trend, per e-fold of
-    compute, and of how it drifts, per e-fold to the power 3/2."""
+    compute, and of how it drifts, per e-fold to the power 3/2. `lengths`: e-folds beyond the
+    largest rung over which the trend dies away, each as likely."""
 
     level: float
     trend: Sequence[tuple[float, float]]
+    lengths: Sequence[float] = (np.inf,)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -77,12 +79,18 @@ class Trend:
 
     def at(self, ahead: float) -> Mixture:
         """Of y `ahead` e-folds beyond the largest rung."""
-        return self._mixture(*self.solve(self.x, self.count, self.steep, ahead, self.y))
+        return self._ahead(ahead, 0.0)
 
     def measured_at(self, ahead: float) -> Mixture:
         """Likewise of what one run would give there, where y is a relative loss (steep 1)."""
-        mean, variance = self.solve(self.x, self.count, self.steep, ahead, self.y)
-        return self._mixture(mean, variance + self.noise**2)
+        return self._ahead(ahead, 1.0)
+
+    def _ahead(self, ahead: float, runs: float) -> Mixture:
+        each = []
+        for length in self.prior.lengths:
+            mean, variance = self.solve(self.x, self.count, self.steep, ahead, self.y, length)
+            each.append(self._mixture(mean, variance + runs * self.noise**2))
+        return combine(each, np.ones(len(each)))
 
     def slope(self) -> Mixture:
         """Of the trend at the largest rung, per e-fold; the drift is zero there."""
@@ -96,7 +104,13 @@ class Trend:
         return Mixture(weight=self.weight, mean=self._repeated(self.y), sd=sd).prune()
 
     def solve(
-        self, x: Floats, count: Floats, steep: Floats, ahead: float, y: Floats | None
+        self,
+        x: Floats,
+        count: Floats,
+        steep: Floats,
+        ahead: float,
+        y: Floats | None,
+        length: float = np.inf,
     ) -> tuple[Floats, Floats]:
         """Posterior mean and variance [m] at `ahead`, by Gaussian conditioning (Rasmussen and
         Williams 2006, eq. 2.25 and 2.26). Without y the mean is zero: a design has a variance."""
@@ -105,8 +119,11 @@ class Trend:
         if not own:
             inverse = np.asarray(np.linalg.inv(self._covariance(x, count, steep)), np.float64)
         level, square, drift = self.prior.level**2, self._trend_sd**2, self._drift_sd**2
-        cross = level + square[:, None] * ahead * x + drift[:, None] * _both_sides(x, ahead)
-        before = level + square * ahead**2 + drift * abs(ahead) ** 3 / 3
+        # slope(x) = slope exp(-x / length) beyond the largest rung
+        lasts = ahead < 0 or np.isinf(length)
+        reach = ahead if lasts else -length * float(np.expm1(-ahead / length))
+        cross = level + square[:, None] * reach * x + drift[:, None] * _both_sides(x, ahead)
+        before = level + square * reach**2 + drift * abs(ahead) ** 3 / 3
         return self._condition(cross, before, inverse, y)
 
     def _condition(

@@ -77,7 +77,7 @@ def _target(frame: "_Frame", t: Forecasted) -> list[str]:
         _, y = at(t.realised)
         shape = f"M{x:.1f} {y - 7:.1f}l7 7l-7 7l-7 -7z"
         parts.append(f'<path d="{shape}" fill="{ORANGE}" stroke="{INK}">{title}</path>')
-    parts.append(_text(x - 12, middle + 4, t.name, anchor="end"))
+    parts.append(_text(x - 12, low + 4, t.name, anchor="end"))
     return parts
 
 
