@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmoe.errors import UserError
-from jaxmoe.ladder import cli_fit, cli_gate, cli_run
+from jaxmoe.ladder import cli_add, cli_fit, cli_gate, cli_run
 
 EXAMPLES = """examples:
   python -m jaxmoe.ladder run --family configs/ladder.py --rungs 0..5 --seeds 2 --out ladders/moe
@@ -18,6 +18,9 @@ EXAMPLES = """examples:
       --submit 'sbatch --gres=gpu:8 --job-name={name} --wrap={command}'
   python -m jaxmoe.ladder fit ladders/moe --budget 1e21 --picture ladder.svg
   python -m jaxmoe.ladder register ladders/moe --target configs/target.py --run-dir runs/target
+  python -m jaxmoe.ladder add runs/target_dense --ladder ladders/dense --rung 32 --out ladders/known
+  python -m jaxmoe.ladder register ladders/moe --earlier ladders/dense ladders/known \
+      --target configs/ladder.py:target_moe
   python -m jaxmoe.ladder gate --baseline ladders/moe --candidate ladders/shared --at 1e23
   python -m jaxmoe.ladder gate --baseline configs/ladder.py --change model.qk_norm=none \\
       --rungs 0..4 --seeds 2 --out ladders/qk --at 1e18
@@ -48,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m jaxmoe.ladder", description=__doc__, epilog=EXAMPLES, formatter_class=raw
     )
-    commands = parser.add_subparsers(required=True, metavar="{run,fit,register,gate}")
+    commands = parser.add_subparsers(required=True, metavar="{run,fit,add,register,gate}")
 
     def add(name: str, command: Any, text: str) -> Any:
         sub = commands.add_parser(
@@ -72,6 +75,12 @@ def _parser() -> argparse.ArgumentParser:
     run = "a run that was forecast from these records: what was registered, and what came"
     one("--run", type=Path, action="append", default=[], metavar="DIR", help=run)
     one("--picture", type=Path, metavar="FILE.svg", help="loss over compute, as SVG")
+
+    one = add("add", cli_add.command, "record a finished run that was trained elsewhere")
+    one("run", type=Path, metavar="RUN", help="run directory, of the ladder's recipe")
+    one("--ladder", required=True, type=Path, metavar="DIR", help="whose recipe it is of")
+    one("--rung", required=True, type=int, metavar="K", help="its place on the dial")
+    one("--out", type=Path, metavar="DIR", help="where the record goes (default: the ladder)")
 
     one = add("register", _register, "register the forecast of a run before it starts")
     one("ladders", type=Path, nargs="+", metavar="DIR", help=folders)
