@@ -95,8 +95,9 @@ def forecast_target(
         law, laws, mixture = _before_start(ladder.points, point, earlier)
     loss = Quantiles(**named(mixture.quantile(LEVELS)[:, 0]))
     end = mixture.sample(SAMPLES, np.random.default_rng([0, 1]))[:, 0]
+    curves = (*ladder.siblings, *(earlier.siblings if earlier is not None else ()))
     path = path_from_siblings(
-        ladder.siblings,
+        curves,
         target.schedule,
         float(target.numbers["params_active"]),
         end,

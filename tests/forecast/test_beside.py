@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_ladder import BIG, SIZES, TOKENS, big, row_of, rows, write
+from test_ladder import BIG, SIZES, STEPS, TOKENS, big, row_of, rows, write
 
 from jaxmoe.errors import UserError
 from jaxmoe.forecast.beside import Beside
@@ -133,6 +133,20 @@ def larger() -> list[dict[str, object]]:
     return [row_of(run, 6 + i) for i, run in enumerate(runs)]
 
 
+def test_the_way_there_is_told_by_the_earlier_curves_too(
+    places: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Larger runs are nearer to the target: without their curves the band is wider, at one end."""
+    ladder, earlier = (read_ladder([place]) for place in places)
+    bare = read_ladder([write(tmp_path / "b", [{**row, "curve": None} for row in earlier.rows])])
+    known, unknown = (forecast_target(ladder, big(), earlier=one) for one in (earlier, bare))
+    assert known.loss == unknown.loss
+    half = [
+        next(p.q95 - p.q05 for p in made.path if p.step == STEPS // 2) for made in (known, unknown)
+    ]
+    assert half[0] < 0.95 * half[1]
+
+
 def test_the_line_names_the_earlier_runs_and_is_guarded(
     places: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -142,8 +156,7 @@ def test_the_line_names_the_earlier_runs_and_is_guarded(
     assert [one["sha256"] for one in line["earlier"]] == list(earlier.hashes)
     assert {one["set_fingerprint"] for one in line["earlier"]} == {"of"}
     assert [s["sha256"] for s in line["siblings"]] == list(ladder.hashes)
-    alone = forecast_target(ladder, big()).loss
-    assert line["loss"]["median"] != alone.median
+    assert line["loss"]["median"] != forecast_target(ladder, big()).loss.median
     path = tmp_path / "run" / "forecasts.jsonl"
     assert verify(path) == []
     text = path.read_text()
