@@ -369,6 +369,33 @@ def test_fit_says_when_a_forecast_is_of_other_records_or_edited(
     assert "no forecast from before its start" in capsys.readouterr().err
 
 
+@pytest.mark.multiprocess
+def test_a_run_from_elsewhere_becomes_a_record(
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    config = config_lib.from_json(
+        json.dumps(json.loads((straight / "config.json").read_text())["config"])
+    )
+    leaves = recipe(config, ("optim.clip",))
+    kept = {"recipe": leaves, "recipe_fingerprint": recipe_fingerprint(leaves)}
+    folder = written(tmp_path / "l", [{**row_of(0), **kept, "family": "f"}])
+    words = ["add", str(straight), "--ladder", str(folder), "--rung", "7"]
+    assert main([*words, "--out", str(tmp_path / "known")]) == 0
+    assert "rung 7, seed 0" in capsys.readouterr().out
+    (row,) = records.read_records(tmp_path / "known")
+    assert (row["family"], row["rung"], row["run"]) == ("f", 7, straight.name)
+    assert (row["recipe"], row["recipe_fingerprint"]) == tuple(kept.values())
+    last = json.loads((straight / "evals.jsonl").read_text().splitlines()[-1])
+    assert (row["loss"], row["tokens"]) == (last["nll"], last["tokens"])
+    assert main([*words, "--out", str(tmp_path / "known")]) == 2
+    assert "rung 7, seed 0 is recorded there already" in capsys.readouterr().err
+    other = {**leaves, "model.z_loss_coef": 0.5}
+    kept = {"recipe": other, "recipe_fingerprint": recipe_fingerprint(other)}
+    strange = written(tmp_path / "s", [{**row_of(0), **kept}])
+    assert main(["add", str(straight), "--ladder", str(strange), "--rung", "7"]) == 2
+    assert "model.z_loss_coef: 0.5 and 0.0001" in capsys.readouterr().err
+
+
 def test_the_gates_command_answers_by_its_exit_code(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
