@@ -63,9 +63,9 @@ class Spied(Trainer):
         self.did.append(f"batch {self.position}")
         return super().next_batch()
 
-    def _step(self, state: TrainState, batch: Any) -> Any:
+    def take(self, state: TrainState, batch: Any) -> Any:
         self.did.append("step")
-        return super()._step(state, batch)
+        return super().take(state, batch)
 
     def _read(self, pending: tuple[int, StepMetrics] | None) -> None:
         if pending is not None:
@@ -151,14 +151,14 @@ def test_gradients_that_are_not_finite_stop_the_run_before_they_are_saved(
     """The loss of step 3 is still finite; the parameters after it are not."""
     trainer = Spied(seven(), mesh, corpus, tmp_path / "run", Silent(), 1e12)
     state = trainer.prepare()
-    plain = trainer._step
+    plain = trainer.take
 
     def poisoned(state: TrainState, batch: Any) -> Any:
         state, metrics = plain(state, batch)
         bad = metrics.replace(grad_norm=jnp.float32(jnp.inf))
         return state, bad if int(state.step) == 3 else metrics
 
-    trainer._step = poisoned  # pyright: ignore[reportAttributeAccessIssue]
+    trainer.take = poisoned  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(FloatingPointError, match="step 3: .*the gradient's norm inf"):
         trainer.run(state)
     assert not any(did.startswith("save") for did in trainer.did)
