@@ -82,7 +82,7 @@ def test_a_request_before_training_ends_all_at_once_and_is_to_be_repeated(tmp_pa
     fake.write_text('#!/bin/sh\n[ "$1" = -c ] && exec python3 "$@"\nexec sleep 60\n')
     fake.chmod(0o755)
     env = {**os.environ, "PYTHON": str(fake), "LOGS": str(tmp_path / "logs")}
-    with Popen([str(LOCAL), "4"], env=env, start_new_session=True) as process:
+    with Popen([str(LOCAL), "4"], env=env, start_new_session=True, text=True) as process:
         while len(alive(process.pid)) < 5 or not (tmp_path / "logs" / "rank-3.log").exists():
             assert process.poll() is None
             time.sleep(0.01)
