@@ -1,6 +1,8 @@
 """Exit codes: what a command says as it ends, to a person, a supervisor or a scheduler."""
 
-__all__ = ["ALARM", "DONE", "FAULT", "INTERRUPTED", "MISTAKE", "NO_PROGRESS", "REQUEUE"]
+import signal
+
+__all__ = ["ALARM", "DONE", "FAULT", "INTERRUPTED", "MISTAKE", "NO_PROGRESS", "REQUESTS", "REQUEUE"]
 
 DONE = 0
 FAULT = 1  # something broke, with a traceback; the same command may go on from the last checkpoint
@@ -9,3 +11,5 @@ ALARM = 3  # an alarm ended the run (forecast.on_alarm=stop); its state is saved
 NO_PROGRESS = 4  # the supervisor gave up: faults without a step forward between them
 REQUEUE = 75  # asked to end (SIGTERM, SIGUSR1), state saved: run it again (sysexits.h: EX_TEMPFAIL)
 INTERRUPTED = 130  # Ctrl-C
+
+REQUESTS = (signal.SIGTERM, signal.SIGUSR1)  # signals that ask a run to end, and are answered 75

@@ -22,8 +22,7 @@ from jaxmoe.run import record
 PATIENCE = 3  # faults in a row without a step forward
 FIRST_WAIT, LONGEST_WAIT = 1.0, 300.0  # seconds before a restart; doubled after each fault
 JITTER = 0.25  # of a wait, so that many runs do not come back at once
-REQUESTS = (signal.SIGTERM, signal.SIGUSR1)
-BY_REQUEST = tuple(128 + one for one in REQUESTS)
+BY_REQUEST = tuple(128 + one for one in exits.REQUESTS)
 FINAL = (exits.DONE, exits.MISTAKE, exits.ALARM, exits.REQUEUE, exits.INTERRUPTED)
 
 EXAMPLES = f"""examples:
@@ -84,8 +83,7 @@ def supervise(command: Sequence[str], run_dir: Path, patience: int = PATIENCE) -
 
 def furthest_step(run_dir: Path) -> int:
     """The largest step that was logged or saved; 0 where there is none."""
-    steps = [0]
-    steps += [int(f.name) for f in (run_dir / record.CHECKPOINTS).glob("*") if f.name.isdigit()]
+    steps = [0, *record.checkpoint_steps(run_dir)]
     for row in record.read_lines(run_dir / record.METRICS)[-1:]:
         steps.append(int(row["step"]))
     for row in record.read_lines(run_dir / record.EVENTS)[-1:]:
@@ -103,7 +101,7 @@ class _Child:
         self._command = list(command)
         self._process: subprocess.Popen[bytes] | None = None
         self.asked = self.interrupted = False
-        for one in REQUESTS:
+        for one in exits.REQUESTS:
             signal.signal(one, self._pass_on)
         signal.signal(signal.SIGINT, self._interrupt)
 

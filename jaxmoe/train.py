@@ -85,7 +85,7 @@ def run(config: Config, run_dir: Path, resume: str) -> int:
         mesh_lib.check_batch(mesh, "train.batch_size", shape.batch, shape.accumulate)
     mesh_lib.check_batch(mesh, "eval.batch_size", config.eval.batch_size)
     origin = None
-    if config.checkpoint.init_from is not None and not record.has_checkpoint(run_dir):
+    if config.checkpoint.init_from is not None and not record.checkpoint_steps(run_dir):
         origin = open_params(Path(config.checkpoint.init_from))
         origin.check(lm_specs(config.model))
     writes = jax.process_index() == 0

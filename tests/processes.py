@@ -155,6 +155,16 @@ def alive(group: int) -> list[int]:
     return found
 
 
+def rank(process: subprocess.Popen[Any], number: int) -> int:
+    """The id of a rank's process in the launcher's group."""
+    for pid in alive(process.pid):
+        environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        if f"JAXMOE_PROCESS_ID={number}".encode() in environ and b"jaxmoe.train" in command:
+            return pid
+    raise AssertionError(f"no rank {number}")
+
+
 def lines(file: Path) -> list[dict[str, Any]]:
     """The whole lines of a file of JSON lines; [] where it is missing."""
     if not file.exists():

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from processes import ROOT
 
-from jaxmoe import supervise
+from jaxmoe import exits, supervise
 from jaxmoe.supervise import furthest_step, main
 
 # A command that adds a step's line to the record and ends as its list of codes says.
@@ -38,7 +38,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Waits of hundredths of a second, and this process' own handlers back afterwards."""
     monkeypatch.setattr(supervise, "FIRST_WAIT", 0.01)
     monkeypatch.setattr(supervise, "LONGEST_WAIT", 0.02)
-    before = {one: signal.getsignal(one) for one in (*supervise.REQUESTS, signal.SIGINT)}
+    before = {one: signal.getsignal(one) for one in (*exits.REQUESTS, signal.SIGINT)}
     yield
     for one, handler in before.items():
         signal.signal(one, handler)

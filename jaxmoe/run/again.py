@@ -103,7 +103,7 @@ def checkpoint_before(run_dir: Path, step: int) -> Path:
         UserError: there is none.
     """
     folder = run_dir / record.CHECKPOINTS
-    steps = sorted(int(f.name) for f in folder.glob("*") if f.name.isdigit())
+    steps = record.checkpoint_steps(run_dir)
     broken = []
     for one in reversed([s for s in steps if s <= step]):
         if (reason := seal.problem(folder / str(one), ITEMS)) is None:

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-__all__ = ["SIGNALS", "Preempted", "Preemption"]
+from jaxmoe.exits import REQUESTS
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+__all__ = ["Preempted", "Preemption"]
 
 
 class Preempted(Exception):
@@ -35,7 +35,7 @@ class Preemption:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Signals are requests inside; outside they end the process, as they always do."""
-        before = {one: signal.signal(one, self._hear) for one in SIGNALS}
+        before = {one: signal.signal(one, self._hear) for one in REQUESTS}
         try:
             yield
         finally:

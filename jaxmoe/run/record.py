@@ -70,9 +70,9 @@ def check_directory(run_dir: Path, config: Config, resume: str) -> None:
         )
 
 
-def has_checkpoint(run_dir: Path) -> bool:
-    """Whether there is one to go on from; it need not be whole."""
-    return any(f.name.isdigit() for f in (run_dir / CHECKPOINTS).glob("*"))
+def checkpoint_steps(run_dir: Path) -> list[int]:
+    """Of the checkpoints that are there, rising; they need not be whole."""
+    return sorted(int(f.name) for f in (run_dir / CHECKPOINTS).glob("*") if f.name.isdigit())
 
 
 def check_data(run_dir: Path, fingerprint: str) -> None:

@@ -20,6 +20,7 @@ from processes import (
     local,
     logged,
     metrics,
+    rank,
     run,
     started,
     wait_until,
@@ -58,16 +59,6 @@ class Broken:
                 time.sleep(0.01)  # they are dead, and the kernel has yet to say so
             seconds = time.monotonic() - begin
         self.ends[send.__name__] = code, seconds, log.read_text(), left
-
-
-def rank(process: Popen, number: int) -> int:
-    """The id of a rank's process in the launcher's group."""
-    for pid in alive(process.pid):
-        environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
-        if f"JAXMOE_PROCESS_ID={number}".encode() in environ and b"jaxmoe.train" in command:
-            return pid
-    raise AssertionError(f"no rank {number}")
 
 
 def kill_rank_1(process: Popen) -> None:

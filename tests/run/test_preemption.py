@@ -3,10 +3,9 @@
 import os
 import signal
 from pathlib import Path
-from subprocess import Popen
 
 import pytest
-from processes import PATIENCE, events, finish, lines, local, logged, metrics, started, train
+from processes import PATIENCE, events, finish, lines, local, logged, metrics, rank, started, train
 from processes import wait_until as wait
 
 pytestmark = pytest.mark.multiprocess
@@ -40,19 +39,6 @@ def test_a_run_that_is_asked_to_end_saves_and_goes_on_bit_for_bit(
     assert (run_dir / "evals.jsonl").read_bytes() == (straight / "evals.jsonl").read_bytes()
 
 
-def rank_1(process: Popen[str]) -> int:
-    for environ in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            own = environ.read_bytes().split(b"\0")
-            group = (environ.parent / "stat").read_text().rpartition(")")[2].split()[2]
-        except OSError:
-            continue
-        command = (environ.parent / "cmdline").read_bytes()
-        if int(group) == process.pid and b"JAXMOE_PROCESS_ID=1" in own and b"train" in command:
-            return int(environ.parent.name)
-    raise AssertionError("no rank 1")
-
-
 def test_what_one_of_two_processes_hears_stops_both_at_one_step(
     straight: Path, text_cache: Path, tmp_path: Path
 ) -> None:
@@ -62,7 +48,7 @@ def test_what_one_of_two_processes_hears_stops_both_at_one_step(
     command = local(2, run_dir, "--set", "checkpoint.every=1000")
     with started(command, text_cache, log) as process:
         wait(process, lambda: logged(run_dir) >= 3, log)
-        os.kill(rank_1(process), signal.SIGTERM)
+        os.kill(rank(process, 1), signal.SIGTERM)
         assert process.wait(timeout=PATIENCE) == 75, log.read_text()[-3000:]
     (told,) = events(run_dir, "preemption")
     assert told["why"] == f"another process was asked to end; saved at step {told['step']}"
