@@ -105,6 +105,11 @@ def dense(k: int = 0) -> Config:
     return rung(k, experts=1)
 
 
+def muon(k: int = 0) -> Config:
+    """Eight experts, top-2, by Muon: a change for the gate."""
+    return rung(k, optim="muon")
+
+
 def ladder() -> Config:
     """The first rung, what `--config configs/ladder.py` is."""
     return replace(rung(0), name="ladder")
@@ -118,9 +123,13 @@ def target_dense() -> Config:
     return _target("target_dense", experts=1)
 
 
-def _target(name: str, experts: int) -> Config:
+def target_muon() -> Config:
+    return _target("target_muon", experts=8, optim="muon")
+
+
+def _target(name: str, experts: int, optim: str = "adamw") -> Config:
     """An hour of two cores, so it is saved more often than a rung."""
-    config = rung(TARGET, experts=experts)
+    config = rung(TARGET, experts=experts, optim=optim)
     saved = replace(config.checkpoint, every=config.eval.every * 2)
     return replace(config, name=name, checkpoint=saved)
 

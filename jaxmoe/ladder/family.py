@@ -25,7 +25,8 @@ DEFAULT_FUNCTION = "rung"
 # What a rung may change: sizes, tokens, what follows from them by transfer rules, and what does not
 # change losses. All other leaves of the config are the recipe, equal on all rungs.
 DIAL = (
-    *("name", "seed", "mesh.*", "checkpoint.*", "forecast.*", "data.cache", "data.damaged"),
+    *("name", "seed", "mesh.*", "checkpoint.*", "forecast.*", "health.*"),
+    *("data.cache", "data.damaged"),
     *("model.d_model", "model.n_layers", "model.n_heads", "model.n_kv_heads", "model.d_head"),
     *("model.mla.*", "model.d_ff", "model.d_ff_dense", "model.n_experts", "model.top_k"),
     *("model.loss_chunk", "model.remat", "model.*_path", "model.*_exchange"),
@@ -101,7 +102,7 @@ def load_family(spec: str, sets: Sequence[str] = ()) -> Family:
 def recipe(config: Config, varies: Sequence[str] = ()) -> dict[str, Any]:
     """Leaves by dotted key, JSON values, without those of DIAL and `varies`."""
     loose = (*DIAL, *varies)
-    leaves = config_lib.leaves(config_lib.as_dict(config))
+    leaves = config_lib.leaves(config_lib.counted(config))
     return {k: v for k, v in leaves if not any(fnmatchcase(k, one) for one in loose)}
 
 
