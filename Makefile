@@ -1,11 +1,11 @@
-# make train | test | test-parity | lint | lock | clean.  PYTHON chooses the interpreter (3.11 or newer).
+# make train | test | test-parity | chaos | lint | lock | clean.  PYTHON chooses the interpreter (3.11 or newer).
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 PYTEST_ARGS ?=
 
-.PHONY: train test test-parity lint format lock clean
+.PHONY: train test test-parity chaos lint format lock clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/installed
@@ -18,6 +18,11 @@ test: $(VENV)/installed
 # Against transformers on torch's CPU side: about 2 GB to install, minutes to run.
 test-parity: $(VENV)/installed-parity
 	$(BIN)/python -m pytest -m parity -s tests/parity $(PYTEST_ARGS)
+
+# Real runs of one and of two processes, killed KILLS times each at random moments.
+KILLS ?= 60
+chaos: $(VENV)/installed
+	JAXMOE_KILLS=$(KILLS) $(BIN)/python -m pytest -s -m slow tests/run/test_chaos.py $(PYTEST_ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

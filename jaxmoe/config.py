@@ -16,25 +16,26 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from jaxmoe.config_file import call, import_file
+from jaxmoe.config_run import (
+    CheckpointConfig,
+    EvalConfig,
+    FaultConfig,
+    ForecastConfig,
+    GuardConfig,
+    HealthConfig,
+    MeshConfig,
+)
+from jaxmoe.config_types import LATER, Fraction, Natural, NonNegative, Positive, Strict
 from jaxmoe.errors import UserError
 
 __all__ = ["Config", "apply_sets", "diff", "fingerprint", "from_json", "load", "replace"]
 
-Positive = Annotated[int, Field(gt=0)]
-Natural = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-NonNegative = Annotated[float, Field(ge=0)]
-
-
-class _Strict:
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
-
 
 @dataclass(frozen=True, kw_only=True)
-class RopeConfig(_Strict):
+class RopeConfig(Strict):
     """Rotary positions, and how their frequencies change beyond the length they were trained on."""
 
     theta: Annotated[float, Field(gt=0)] = 10_000.0
@@ -53,7 +54,7 @@ class RopeConfig(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MlaConfig(_Strict):
+class MlaConfig(Strict):
     """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1)."""
 
     q_rank: Natural = 0  # Q, of the queries' latent; 0: queries come from the input directly
@@ -64,7 +65,7 @@ class MlaConfig(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RouterConfig(_Strict):
+class RouterConfig(Strict):
     """Which experts a token goes to, and how they are kept evenly loaded."""
 
     score: Literal["softmax", "sigmoid"] = "softmax"
@@ -87,7 +88,7 @@ class RouterConfig(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransferConfig(_Strict):
+class TransferConfig(Strict):
     """The shape that rates were tuned on, from which they are carried over (jaxmoe/transfer.py).
     What is not here is the same in both."""
 
@@ -102,7 +103,7 @@ class TransferConfig(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(_Strict):
+class ModelConfig(Strict):
     """Shape of the decoder. Letters are the dims' suffixes in tensor names."""
 
     vocab_size: Positive = 4096  # V
@@ -177,7 +178,7 @@ class ModelConfig(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceConfig(_Strict):
+class SourceConfig(Strict):
     """One source of the mix, by its name in the data set."""
 
     name: str
@@ -190,7 +191,7 @@ class SourceConfig(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PhaseConfig(_Strict):
+class PhaseConfig(Strict):
     """Other weights, from the first step on before which so many tokens are consumed."""
 
     tokens: Positive
@@ -198,7 +199,7 @@ class PhaseConfig(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig(_Strict):
+class DataConfig(Strict):
     """Where text comes from, what is held out, and how it becomes tokens."""
 
     # A folder of text files, or a data set, which may be a URL (gs, s3, http, https, file); None:
@@ -227,7 +228,7 @@ class DataConfig(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig(_Strict):
+class OptimConfig(Strict):
     # muon: for matrices, with Adam for the rest. adafactor (arXiv:1804.04235): factored second
     # moments and no first one; beta1, beta2 and eps are its own.
     name: Literal["adamw", "muon", "adafactor"] = "adamw"
@@ -254,7 +255,7 @@ class OptimConfig(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchStage(_Strict):
+class BatchStage(Strict):
     """From the first step on before which `tokens` are consumed."""
 
     tokens: Positive
@@ -263,7 +264,7 @@ class BatchStage(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LengthStage(_Strict):
+class LengthStage(Strict):
     """From the first step on before which `tokens` are consumed; 0: from the start."""
 
     tokens: Natural
@@ -271,7 +272,7 @@ class LengthStage(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(_Strict):
+class TrainConfig(Strict):
     steps: Positive = 1000
     batch_size: Positive = 8  # sequences, over all devices
     # Parts that a step's batch is computed in, one after another: activations of one part live at
@@ -286,52 +287,7 @@ class TrainConfig(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig(_Strict):
-    every: Positive = 50  # steps
-    batch_size: Positive = 32  # sequences, over all devices
-    # Held-out sets; the first is what is forecast. (): all of the data set, by name.
-    sets: tuple[str, ...] = ()
-    tokens: Natural = 0  # of each set about so many, whole documents of every domain; 0: all
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeshConfig(_Strict):
-    """Sizes of the mesh axes, which always exist; 1 is unused, data=-1 takes what is left."""
-
-    replica: Positive = 1  # data parallel across slow links
-    stage: Positive = 1  # pipeline
-    rounds: Positive = 1  # of it: each stage has so many groups of layers (model/pipeline.py)
-    microbatches: Natural = 0  # of it, a multiple of stage; 0: two for each stage, rows allowing
-    data: Annotated[int, Field(ge=-1)] = -1  # fully sharded data parallel
-    context: Positive = 1  # sequence
-    expert: Positive = 1
-    model: Positive = 1  # tensor
-    emulate: Natural = 0  # CPU devices a process pretends to have; 0: as many as the mesh needs
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointConfig(_Strict):
-    every: Positive = 200  # steps
-    keep: Positive = 2
-    # Steps that are saved besides, and kept beyond `keep`: where other schedules branch off.
-    at: tuple[Positive, ...] = ()
-    # Parameters a fresh run starts from: what jaxmoe.convert wrote, or a run's folder.
-    init_from: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ForecastConfig(_Strict):
-    first: Positive = 200  # step of the first forecast
-    every: Positive = 100  # steps between forecasts; a multiple of eval.every
-    # Of the slow alarm (forecast/alarms.py): chance of a false one in a run, at most.
-    false_alarms: Annotated[float, Field(gt=0, lt=1)] = 0.01
-    # What follows any alarm but that of the registered band, which is only told: nothing but an
-    # event, a checkpoint at once, or that and the end of the run (exit code 3).
-    on_alarm: Literal["log", "checkpoint", "stop"] = "log"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(_Strict):
+class Config(Strict):
     """Everything that decides a run."""
 
     name: str = "unnamed"
@@ -344,6 +300,9 @@ class Config(_Strict):
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     forecast: ForecastConfig = field(default_factory=ForecastConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig, metadata=LATER)
+    health: HealthConfig = field(default_factory=HealthConfig, metadata=LATER)
+    faults: tuple[FaultConfig, ...] = field(default=(), metadata=LATER)
 
     @property
     def tokens_per_step(self) -> int:
@@ -427,9 +386,30 @@ def as_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+def counted(config: Any) -> dict[str, Any]:
+    """JSON values of a config (or a part) without `LATER` fields that say nothing of their own: so
+    fingerprints and recipes of before a field was there are those of after."""
+    tree = as_dict(config)
+    for one in dataclasses.fields(config):
+        value = getattr(config, one.name)
+        if "later" in one.metadata and value == _default(one):
+            del tree[one.name]
+        elif dataclasses.is_dataclass(value):
+            tree[one.name] = counted(value)
+        elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+            tree[one.name] = [counted(each) for each in value]
+    return tree
+
+
+def _default(one: dataclasses.Field[Any]) -> Any:
+    if one.default_factory is not dataclasses.MISSING:
+        return one.default_factory()
+    return one.default
+
+
 def fingerprint(config: Any) -> str:
-    """12 hex digits of the SHA-256 of a config's (or a part's) canonical JSON."""
-    canonical = json.dumps(dataclasses.asdict(config), sort_keys=True, separators=(",", ":"))
+    """12 hex digits of the SHA-256 of a config's (or a part's) canonical JSON, as `counted`."""
+    canonical = json.dumps(counted(config), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
@@ -480,11 +460,18 @@ def _explain(error: Any) -> str:
     path = [str(part) for part in error["loc"]]
     key = ".".join(path)
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        node: Any = dataclasses.asdict(Config())
-        for part in path[:-1]:
-            node = node.get(part) or {}
-        return f"unknown config key {key!r}{_nearest(path[-1], list(node))}"
+        return f"unknown config key {key!r}{_nearest(path[-1], _names_at(path[:-1]))}"
     return f"{key}={error['input']!r}: {error['msg']}"
+
+
+def _names_at(path: Sequence[str]) -> list[str]:
+    """Of the fields of a group, also of one in a tuple (faults.0) or one that may be None."""
+    found: Any = Config
+    for part in path:
+        if not part.isdecimal():
+            found = {f.name: f.type for f in dataclasses.fields(found)}[part]
+        found = next((t for t in (found, *get_args(found)) if dataclasses.is_dataclass(t)), found)
+    return [f.name for f in dataclasses.fields(found)] if dataclasses.is_dataclass(found) else []
 
 
 def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -38,6 +38,8 @@ def check(config: Config) -> None:
     )
     _divides("eval.every", config.eval.every, "forecast.every", config.forecast.every)
     _divides("eval.every", config.eval.every, "forecast.first", config.forecast.first)
+    if config.checkpoint.keep_best:  # or else some would have no loss to be compared by
+        _divides("eval.every", config.eval.every, "checkpoint.every", config.checkpoint.every)
     if config.data.tokenizer == "bytes":
         _require(m.vocab_size >= 257, f"model.vocab_size={m.vocab_size}: bytes need at least 257")
 

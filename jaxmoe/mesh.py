@@ -244,6 +244,12 @@ def ways(axes: MeshAxes) -> int:
     return math.prod(shape.get(axis, 1) for axis in axes)
 
 
+def everywhere(mesh: Mesh, values: np.ndarray) -> jax.Array:
+    """Values that every process has alike, on all devices."""
+    whole = NamedSharding(mesh, P())
+    return jax.make_array_from_callback(values.shape, whole, lambda at: values[at])
+
+
 def in_parts(rows: Any, parts: int) -> Any:
     """Each array [B, ...] as [parts, B / parts, ...], the batch sharded as before: every device
     cuts its own rows, so that nothing moves."""

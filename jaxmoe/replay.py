@@ -149,9 +149,12 @@ def replay(run_dir: Path, step: int, bend: Bend | None = None) -> Replay:
     record.check_data(run_dir, corpus.fingerprint)
     bend = bend or (lambda _, state: state)
     losses: dict[int, float] = {}
+    skipped = left_out(run_dir, int(checkpoint.name), step)
 
     def trainer(on: Mesh) -> Trainer:
-        return Trainer(config, on, corpus, run_dir, Silent(), math.inf, writes=False)
+        own = Trainer(config, on, corpus, run_dir, Silent(), math.inf, writes=False)
+        own.guard.replay(skipped)
+        return own
 
     def take(own: Trainer, state: Any, number: int) -> tuple[Any, tuple[float, float]]:
         """Update `number` from the state before it, which is used up."""
@@ -199,6 +202,26 @@ def replay(run_dir: Path, step: int, bend: Bend | None = None) -> Replay:
         twice=twice,
         elsewhere=elsewhere,
     )
+
+
+def left_out(run_dir: Path, began: int, step: int) -> set[int]:
+    """Updates that the guard left out on the way from a checkpoint to a step.
+
+    Raises:
+        UserError: the way was rolled back to between them, which only a checkpoint of there knows.
+    """
+    skipped: set[int] = set()
+    for event in record.read_lines(run_dir / record.EVENTS):
+        if event["what"] == "resume":  # what came after is done again
+            skipped = {one for one in skipped if one <= event["step"]}
+        elif event["what"] == "skip":
+            skipped.add(event["step"])
+        elif event["what"] == "rollback" and began < event["step"] < step:
+            raise UserError(
+                f"--step {step}: the run rolled back at step {event['step']}, and the newest whole"
+                f" checkpoint before is of step {began}: give a step up to {event['step']}"
+            )
+    return skipped
 
 
 def _compared(

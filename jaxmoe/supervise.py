@@ -3,6 +3,10 @@
 A fault is any end but those of `jaxmoe.exits` that a restart cannot help (a mistake, an alarm, a
 request to end, Ctrl-C). Progress is a step of the run directory that was never logged or saved
 before; PATIENCE faults without any, and the supervisor gives up, naming the step.
+
+With several sizes the command has {n} in it: the first is tried after every fault that came behind
+progress, the next smaller one after each without. So a run that has lost a machine goes on with the
+others, and comes back to the full size when it is started again.
 """
 
 import argparse
@@ -21,6 +25,7 @@ from jaxmoe.run import record
 
 PATIENCE = 3  # faults in a row without a step forward
 FIRST_WAIT, LONGEST_WAIT = 1.0, 300.0  # seconds before a restart; doubled after each fault
+SIZE = "{n}"
 JITTER = 0.25  # of a wait, so that many runs do not come back at once
 BY_REQUEST = tuple(128 + one for one in exits.REQUESTS)
 FINAL = (exits.DONE, exits.MISTAKE, exits.ALARM, exits.REQUEUE, exits.INTERRUPTED)
@@ -28,6 +33,8 @@ FINAL = (exits.DONE, exits.MISTAKE, exits.ALARM, exits.REQUEUE, exits.INTERRUPTE
 EXAMPLES = f"""examples:
   python -m jaxmoe.supervise -- python -m jaxmoe.train --run-dir runs/mine
   python -m jaxmoe.supervise --run-dir runs/two -- launch/local.sh 2 --run-dir runs/two
+  python -m jaxmoe.supervise --sizes 4,2,1 -- launch/local.sh {{n}} --run-dir runs/four
+                                                 with fewer processes where four cannot go on
 
 exit codes: those of the command (0 done, 2 a mistake, 3 an alarm, 75 asked to end and saved: run
 it again, 130 interrupted); 4 after {PATIENCE} faults in a row without a step forward"""
@@ -39,23 +46,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = args.command[1:] if args.command[:1] == ["--"] else args.command
         if not command:
             raise UserError("say what to run: python -m jaxmoe.supervise -- COMMAND")
-        return supervise(command, args.run_dir or _run_dir(command), args.patience)
+        run_dir = args.run_dir or _run_dir(command)
+        sizes = _sizes(args.sizes, command, run_dir)
+        return supervise(command, run_dir, args.patience, sizes)
     except UserError as error:
         print(f"jaxmoe.supervise: {error}", file=sys.stderr)
         return exits.MISTAKE
 
 
-def supervise(command: Sequence[str], run_dir: Path, patience: int = PATIENCE) -> int:
+def supervise(
+    command: Sequence[str], run_dir: Path, patience: int = PATIENCE, sizes: Sequence[int] = ()
+) -> int:
     """Runs the command until it ends for good; its last exit code, or NO_PROGRESS.
+
+    Args:
+        patience: faults in a row without progress, at the smallest of the sizes.
+        sizes: of the job, for {n} in the command, the one that is wanted first.
 
     Raises:
         UserError: there is no such command.
     """
     child = _Child(command)
     furthest, fruitless, wait = furthest_step(run_dir), 0, FIRST_WAIT
+    patience += max(0, len(sizes) - 1)
     while True:
-        code = child.run()
-        if code in FINAL:
+        size = sizes[min(fruitless, len(sizes) - 1)] if sizes else None
+        code = child.run(size)
+        too_small = code == exits.MISTAKE and bool(sizes) and size != sizes[0]
+        if code in FINAL and not too_small:
             return code
         if child.interrupted:
             return exits.INTERRUPTED
@@ -75,7 +93,8 @@ def supervise(command: Sequence[str], run_dir: Path, patience: int = PATIENCE) -
             return exits.NO_PROGRESS
         pause = wait * (1 + JITTER * random.random())
         known = f" ({fruitless} of {patience} without a step forward)" if fruitless else ""
-        _say(f"{fault}{known}; again in {pause:.1f} s")
+        size = f", of size {sizes[min(fruitless, len(sizes) - 1)]}" if sizes else ""
+        _say(f"{fault}{known}; again in {pause:.1f} s{size}")
         if not child.pause(pause):
             return exits.INTERRUPTED if child.interrupted else exits.REQUEUE
         wait = min(2 * wait, LONGEST_WAIT)
@@ -105,10 +124,13 @@ class _Child:
             signal.signal(one, self._pass_on)
         signal.signal(signal.SIGINT, self._interrupt)
 
-    def run(self) -> int:
+    def run(self, size: int | None = None) -> int:
         """Its exit code; 128 and the signal that ended it, as a shell says it."""
+        words = self._command
+        if size is not None:
+            words = [word.replace(SIZE, str(size)) for word in words]
         try:
-            self._process = subprocess.Popen(self._command)
+            self._process = subprocess.Popen(words)
         except OSError as error:
             raise UserError(f"cannot run {self._command[0]}: {error.strerror}") from error
         if self.asked:  # while it was started
@@ -148,6 +170,20 @@ def _run_dir(command: Sequence[str]) -> Path:
     raise UserError("the command has no --run-dir; say where its run is: --run-dir DIR")
 
 
+def _sizes(text: str | None, command: Sequence[str], run_dir: Path) -> list[int]:
+    """Raises UserError where there are none to take, or no place for them."""
+    if (text is not None) != any(SIZE in word for word in command):
+        raise UserError(f"--sizes and {SIZE} in the command belong together")
+    if text is None:
+        return []
+    if SIZE in str(run_dir):
+        raise UserError(f"{SIZE} in --run-dir: the run must be the same one at every size")
+    words = text.split(",")
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise UserError(f"--sizes {text}: write them as 4,2,1")
+    return [int(word) for word in words]
+
+
 def _say(text: str) -> None:
     print(f"jaxmoe.supervise: {text}", file=sys.stderr, flush=True)
 
@@ -163,6 +199,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help=where)
     faults = f"faults in a row without a step forward before it gives up (default {PATIENCE})"
     parser.add_argument("--patience", type=int, default=PATIENCE, metavar="N", help=faults)
+    sizes = "of the job, the one that is wanted first; {n} in the command stands for it"
+    parser.add_argument("--sizes", metavar="N,M", help=sizes)
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND")
     return parser
 

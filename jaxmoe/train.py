@@ -30,6 +30,7 @@ from jaxmoe.model.cost import cost
 from jaxmoe.model.lm import lm_specs
 from jaxmoe.optim import rates
 from jaxmoe.run import platform, record, xla
+from jaxmoe.run.health import Corrupted
 from jaxmoe.run.loop import Alarmed, Outcome, Trainer
 from jaxmoe.run.params import open_params
 from jaxmoe.run.preemption import Preempted
@@ -64,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Preempted as asked:
         print(f"jaxmoe.train: {asked}; the same command goes on from here", file=sys.stderr)
         return _leave(exits.REQUEUE)
+    except Corrupted as found:
+        print(f"jaxmoe.train: {found}; the same command goes on from before", file=sys.stderr)
+        return _leave(exits.CORRUPTION)
     except KeyboardInterrupt:
         print("jaxmoe.train: interrupted; the same command goes on from here", file=sys.stderr)
         return _leave(exits.INTERRUPTED)
@@ -101,9 +105,10 @@ def run(config: Config, run_dir: Path, resume: str) -> int:
     try:
         with jax.set_mesh(mesh):
             trainer = Trainer(config, mesh, corpus, run_dir, view, peak, origin)
-            state = trainer.prepare()
-            _describe(config, trainer, peak, view)
-            outcome = trainer.run(state)
+            with trainer.health.watching():
+                state = trainer.prepare()
+                _describe(config, trainer, peak, view)
+                outcome = trainer.run(state)
     finally:
         view.close()
     if writes:

@@ -24,6 +24,7 @@ from jaxmoe.config import (
     TransferConfig,
     apply_sets,
     as_dict,
+    counted,
     diff,
     fingerprint,
     from_json,
@@ -253,6 +254,10 @@ def test_a_bad_set_names_the_value_and_the_mend(item: str, parts: list[str]) -> 
 def test_unknown_json_key_names_the_nearest() -> None:
     with pytest.raises(UserError, match=r"unknown config key 'model\.n_expert'.*'n_experts'"):
         from_json('{"model": {"n_expert": 3}}')
+    with pytest.raises(UserError, match=r"'faults\.0\.stop'; did you mean 'step'"):
+        from_json('{"faults": [{"kind": "kill", "stop": 3}]}')
+    with pytest.raises(UserError, match=r"'model\.mla\.kv_rnk'; did you mean 'kv_rank'"):
+        from_json('{"model": {"mla": {"kv_rnk": 3}}}')
     with pytest.raises(UserError, match=r"unknown config key 'optimizer'.*'optim'"):
         from_json('{"optimizer": {}}')
     with pytest.raises(UserError, match="model.top_k='2'"):  # strict: no string for a number
@@ -391,3 +396,13 @@ def test_load(tmp_path: Path) -> None:
     file.write_text("1 / 0\n")
     with pytest.raises(UserError, match="ZeroDivisionError"):
         load(str(file))
+
+
+def test_a_later_field_changes_no_fingerprint_until_it_says_something() -> None:
+    """Registers and records hold fingerprints of before it was there: this one is of 2026-11-22."""
+    registered = load(str(Path(__file__).parents[1] / "configs" / "ladder.py") + ":target_moe")
+    assert fingerprint(registered) == "e6a24f74b5fe"
+    guarded = replace(registered, guard=replace(registered.guard, bad_step="skip"))
+    assert fingerprint(guarded) != fingerprint(registered)
+    assert counted(guarded).keys() - counted(registered).keys() == {"guard"}
+    assert as_dict(registered)["guard"]["bad_step"] == "stop"

@@ -24,6 +24,8 @@ FLOORS = {
             "config",
             "config_check",
             "config_file",
+            "config_run",
+            "config_types",
             "curriculum",
             "jax_versions",
             "tree",

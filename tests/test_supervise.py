@@ -190,3 +190,46 @@ def test_requests_are_passed_on_and_end_it(number: int, code: int, tmp_path: Pat
         process.communicate()
     if number != signal.SIGINT:
         assert (tmp_path / "asked").read_text() == signal.Signals(number).name
+
+
+def test_a_smaller_size_is_taken_only_where_the_wanted_one_gets_no_further(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Size 4 faults at step 5 (progress: 4 again), then without a step: 2, then 1; that one gets
+    further before it faults: 4 once more."""
+    run = tmp_path / "run"
+    ends = ((1, 5), (1, 5), (1, 5), (1, 9), (0, 12))
+    told = [*command(run, *ends), "{n}"]
+    note = 'open(run / "sizes", "a").write(sys.argv[3] + " ")\nif code < 0:'
+    told[2] = FAKE.replace("if code < 0:", note)
+    assert main(["--run-dir", str(run), "--sizes", "4,2,1", "--", *told]) == 0
+    assert (run / "sizes").read_text().split() == ["4", "4", "2", "1", "4"]
+    assert "again in 0.0 s, of size 2" in capsys.readouterr().err
+
+
+def test_a_size_that_is_a_mistake_is_passed_over(tmp_path: Path) -> None:
+    """Three do not divide the batch, say; a mistake at the wanted size is one."""
+    run = tmp_path / "run"
+    told = [*command(run, (1, 5), (1, 5), (2, 5), (0, 9)), "{n}"]
+    assert main(["--run-dir", str(run), "--sizes", "4,3,2", "--", *told]) == 0
+    assert starts(run) == 4
+    other = tmp_path / "other"
+    told = [*command(other, (2, 5)), "{n}"]
+    assert main(["--run-dir", str(other), "--sizes", "4,3,2", "--", *told]) == 2
+
+
+@pytest.mark.parametrize(
+    ("sizes", "word", "said"),
+    [
+        ("2,1", "x", "belong together"),
+        (None, "{n}", "belong together"),
+        ("2,one", "{n}", "write them as 4,2,1"),
+        ("2,0", "{n}", "write them as 4,2,1"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(
+    sizes: str | None, word: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [] if sizes is None else ["--sizes", sizes]
+    assert main(["--run-dir", str(tmp_path), *given, "--", "true", word]) == 2
+    assert said in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`python -m jaxmoe.report RUN`: writes the page about a run."""
+"""`python -m jaxmoe.report RUN`: writes the page about a run. `report diff A B`: diff.py."""
 
 import argparse
 import json
@@ -7,16 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxmoe.errors import UserError
-from jaxmoe.report import page, records
+from jaxmoe.report import diff, page, records
 
 EXAMPLE = """example:
   python -m jaxmoe.report runs/first                   writes runs/first/report.html
+  python -m jaxmoe.report diff runs/first runs/again   from which step and layer they differ
   python -m jaxmoe.report runs/first --out /tmp/a.html --json | jq .bits_per_byte
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["diff"]:
+        return diff.main(words[1:])
+    args = _parser().parse_args(words)
     try:
         out = page.write(args.run, args.out)
         headline = page.summary(records.read(args.run)) if args.json else {}

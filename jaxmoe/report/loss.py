@@ -27,7 +27,11 @@ from jaxmoe.report.words import fixed, percent, side, step, tied
 
 __all__ = ["losses", "narrowing", "verdict", "xz_nats"]
 
-NOTABLE = ("alarm", "fallback", "rollback", "resume", "preemption", "crash")
+LOUD = (
+    *("alarm", "crash", "rollback", "fallback", "preemption"),
+    *("skip", "bad-steps", "corruption", "hang", "slow", "save-failed", "fault", "expert"),
+)
+NOTABLE = (*LOUD, "resume")
 BANDS = (("90 %", "q05", "q95", 0.16, "dot"), ("50 %", "q25", "q75", 0.34, "solid"))
 DIRECT = {"mode": "lines", "hoverinfo": "skip", "type": "scatter"}
 

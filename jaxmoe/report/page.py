@@ -20,7 +20,6 @@ __all__ = ["render", "summary", "write"]
 
 HERE = Path(__file__).parent
 EVENTS = 500  # rows of the table; a long run checkpoints more often than anyone reads
-LOUD = ("alarm", "crash", "rollback", "fallback", "preemption")
 
 
 def write(run_dir: Path, out: Path | None = None) -> Path:
@@ -199,7 +198,7 @@ def _events(run: Run) -> list[dict[str, Any]]:
             "step": words.step(number(row, "step")),
             "what": str(row.get("what", "")),
             "why": str(row.get("why") or ""),
-            "loud": row.get("what") in LOUD,
+            "loud": row.get("what") in loss.LOUD,
         }
         for row in run.events
     ]

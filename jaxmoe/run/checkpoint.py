@@ -5,7 +5,11 @@ before. What is not as it was sealed (seal.py) or cannot be restored is set asid
 one is found whole; as long as none is, nothing is touched.
 """
 
-from collections.abc import Callable
+import errno
+import math
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,7 @@ from jaxmoe.run import seal
 from jaxmoe.run.state import TrainState, relaid
 
 ITEMS = ("state", "meta")
+LOSS = "nll"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,21 +40,32 @@ class Restored:
 
 
 class Checkpoints:
-    """The checkpoints of a run: the newest `keep` of them, and those of the steps `at`."""
+    """The checkpoints of a run: the newest `keep` of them, the best, and those of the steps `at`
+    and of `milestones`."""
 
-    def __init__(self, folder: Path, config: CheckpointConfig) -> None:
+    def __init__(
+        self, folder: Path, config: CheckpointConfig, milestones: Sequence[int] = ()
+    ) -> None:
         self._folder = folder.absolute()
         self._config = config
+        self._milestones = (*config.at, *milestones)
         self._saving = 0  # step
+        self._disk_full = False  # as this save is to find it
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
         kept = [
             preservation_policy.LatestN(self._config.keep),
-            preservation_policy.CustomSteps(self._config.at),
+            preservation_policy.CustomSteps(self._milestones),
         ]
+        if best := self._config.keep_best:
+            policy = preservation_policy.BestN(
+                get_metric_fn=_goodness, n=best, keep_checkpoints_without_metrics=False
+            )
+            kept.append(policy)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy.AnyPreservationPolicy(kept),
+            best_fn=_goodness if best else None,  # with it losses are kept beside states
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
@@ -57,6 +73,8 @@ class Checkpoints:
 
     def _seal(self) -> None:
         """Called when all files are written and their folder has not got its final name yet."""
+        if self._disk_full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if jax.process_index() == 0:
             step = str(self._saving)
             folder = next(f for f in self._folder.iterdir() if f.name.partition(".")[0] == step)
@@ -65,21 +83,63 @@ class Checkpoints:
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
-        """Returns when the state is copied; writing goes on behind."""
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        meta: dict[str, Any],
+        loss: float = math.inf,
+        *,
+        disk_full: bool = False,
+    ) -> str | None:
+        """Returns when the state is copied; writing goes on behind.
+
+        Args:
+            loss: held-out, by which the best are kept.
+            disk_full: rehearses a disk without room.
+
+        Returns:
+            What went wrong at once, or with the save before, if anything did; `settle` says what
+            does later. Nothing of a save that failed is left, so that it takes no room. Of several
+            processes all must fail alike: those that do not wait for the others.
+        """
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state),  # pyright: ignore[reportCallIssue]
             meta=ocp.args.JsonSave(meta),  # pyright: ignore[reportCallIssue]
         )
-        self._manager.wait_until_finished()
-        self._saving = step
-        self._manager.save(step, args=args, force=True)
+        problem = self.settle()
+        self._saving, self._disk_full = step, disk_full
+        try:
+            metrics = {LOSS: loss} if self._config.keep_best else None
+            self._manager.save(step, args=args, metrics=metrics, force=True)
+        except Exception as error:  # whatever the storage layers raise
+            problem = "; ".join(filter(None, (problem, self._failed(error))))
+        return problem
+
+    def settle(self) -> str | None:
+        """Waits for the save that was begun last; what went wrong with it."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            return self._failed(error)
+        return None
+
+    def _failed(self, error: Exception) -> str:
+        """Begins anew, which removes what was written of it."""
+        with suppress(Exception):  # it may say the same once more
+            self._manager.close()
+        self._manager = self._open()
+        return f"checkpoint {self._saving} could not be saved: {_said(error)}"
 
     def restore(
-        self, abstract: TrainState, as_saved: Callable[[dict[str, Any]], TrainState] | None = None
+        self,
+        abstract: TrainState,
+        as_saved: Callable[[dict[str, Any]], TrainState] | None = None,
+        last: int | None = None,
     ) -> Restored | None:
         """The newest whole checkpoint, in the shapes and shardings of `abstract`; None if there are
         none. `as_saved`: from a checkpoint's meta to its own shapes, where they may be others.
+        `last`: none of a later step.
 
         The broken ones that are newer move to `broken-checkpoint-STEP` in the run's folder, so that
         their steps can be saved again.
@@ -88,13 +148,13 @@ class Checkpoints:
             UserError: there are checkpoints, and all of them are broken.
         """
         broken = []
-        for step in reversed(self.steps()):
+        for step in reversed([s for s in self.steps() if last is None or s <= last]):
             reason = self._broken_seal(step)
             if reason is None:
                 try:
                     state, meta = self._restore(step, abstract, as_saved)
                 except Exception as error:  # whatever the storage layers raise
-                    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                    reason = _said(error)
                 else:
                     self._set_aside([step for step, _ in broken])
                     return Restored(step=step, state=state, meta=meta, broken=tuple(broken))
@@ -144,7 +204,23 @@ class Checkpoints:
             multihost_utils.sync_global_devices("broken checkpoints are set aside")
         self._manager = self._open()
 
-    def close(self) -> None:
-        """Waits until everything is on disk."""
-        self._manager.wait_until_finished()
+    def forget(self, last: int) -> None:
+        """Deletes those of later steps: what they hold has been rolled back."""
+        for step in self.steps():
+            if step > last:
+                self._manager.delete(step)
+
+    def close(self) -> str | None:
+        """Waits until everything is on disk; what went wrong with the last one."""
+        problem = self.settle()
         self._manager.close()
+        return problem
+
+
+def _goodness(metrics: Any) -> float:
+    return -float(metrics[LOSS])
+
+
+def _said(error: Exception) -> str:
+    """In one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -1,7 +1,8 @@
 """What a person sees while a run goes on: a live view on a terminal, plain lines elsewhere."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -53,6 +54,26 @@ class View:
         if self.expected is None or self.residual is None:
             return ""
         return f" (registered {self.expected[0]:.3f}, {self.residual:+.1f} sigma)"
+
+
+def in_bits(standing: Mapping[str, Any], nll: float | None, bits_per_nat: float) -> dict[str, Any]:
+    """What a view shows of the held-out loss and its forecasts, in bits per byte.
+
+    Args:
+        standing: where the run stands, as in its metrics; nll: held-out, nats per token.
+    """
+
+    def bits(*names: str) -> tuple[float, ...] | None:
+        found = [standing[key] for n in names if (key := f"forecast/{n}") in standing]
+        return tuple(bits_per_nat * value for value in found) or None
+
+    return {
+        "bits_per_byte": nll and nll * bits_per_nat,
+        "forecast": bits("final", "final_q05", "final_q95"),
+        "registered": bits("registered_final"),
+        "expected": bits("expected"),
+        "residual": standing.get("forecast/residual"),
+    }
 
 
 class Display(Protocol):

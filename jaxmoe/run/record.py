@@ -8,7 +8,8 @@ another mesh) is a new line, and the later line of a step counts.
 
 import json
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from jaxmoe.forecast.register import FORECASTS
 
 CONFIG, ENVIRONMENT, SCHEDULE = "config.json", "environment.json", "schedule.json"
 METRICS, EVALS, EVENTS = "metrics.jsonl", "evals.jsonl", "events.jsonl"
+LAYERS = "layers.jsonl"
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer.json"
 REGISTERS = [Path(FORECASTS), Path(PASS_RATES)]
@@ -30,10 +32,26 @@ BEFORE_START = {f"{CONFIG}.tmp", FORECASTS, PASS_RATES} | {
 }
 
 
+Tell = Callable[[str, int, str], None]  # of (what, step, why): an event
+
+
+def now() -> str:
+    """As events say it."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
 def recipe(config: Config) -> Config:
-    """What must be equal for a run to go on: all but the mesh and how often state is saved."""
+    """What must be equal for a run to go on: all but the mesh, how often state is saved, what is
+    watched over and what is rehearsed."""
     default = Config()
-    return replace(config, name="", mesh=MeshConfig(), checkpoint=default.checkpoint)
+    return replace(
+        config,
+        name="",
+        mesh=MeshConfig(),
+        checkpoint=default.checkpoint,
+        health=default.health,
+        faults=(),
+    )
 
 
 def run_fingerprint(config: Config) -> str:
@@ -110,6 +128,7 @@ class RunRecord:
     def __init__(self, folder: Path, *, writes: bool) -> None:
         self.folder = folder
         self._writes = writes
+        self._waiting: dict[str, bytes] = {}  # lines that could not be written, by file
 
     def begin(self, config: Config) -> None:
         """Creates the directory, config.json first: its presence means that this is a run."""
@@ -135,13 +154,25 @@ class RunRecord:
             self.write(name, {**(json.loads(file.read_text()) if file.exists() else {}), **tree})
 
     def append(self, name: str, line: Mapping[str, Any]) -> None:
-        if self._writes:
-            with open(self.folder / name, "a") as file:
-                file.write(json.dumps(line) + "\n")
+        """Where there is no room, or no leave to write, lines wait for the next ones: a run does
+        not end for its record."""
+        if not self._writes:
+            return
+        text = self._waiting.pop(name, b"") + json.dumps(line).encode() + b"\n"
+        try:
+            _append(self.folder / name, text)
+        except OSError as error:
+            self._waiting[name] = text
+            why = f"{self.folder / name}: {error.strerror}"
+            print(f"{why}; its lines are kept until they can be written", file=sys.stderr)
+
+    def check(self) -> None:
+        """Raises UserError if lines still wait."""
+        for name in self._waiting:
+            raise UserError(f"{self.folder / name} could not be written; make room, run it again")
 
     def event(self, what: str, *, step: int, why: str) -> None:
-        now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        self.append(EVENTS, {"time": now, "step": step, "what": what, "why": why})
+        self.append(EVENTS, {"time": now(), "step": step, "what": what, "why": why})
 
     def read(self, name: str) -> list[dict[str, Any]]:
         """The lines of a file; a last line torn by a kill is left out."""
@@ -162,7 +193,7 @@ class RunRecord:
         """Drops metrics after `step`, and lines torn by a kill."""
         if not self._writes:
             return
-        for name, last in ((METRICS, step), (EVALS, None), (EVENTS, None)):
+        for name, last in ((METRICS, step), (LAYERS, step), (EVALS, None), (EVENTS, None)):
             kept = [k for k in self.read(name) if last is None or k["step"] <= last]
             if (self.folder / name).exists():
                 _replace(self.folder / name, "".join(json.dumps(k) + "\n" for k in kept))
@@ -174,6 +205,18 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
         return []
     whole, _, _ = file.read_text().rpartition("\n")
     return [json.loads(line) for line in whole.splitlines()]
+
+
+def _append(file: Path, text: bytes) -> None:
+    """All of it or, with an OSError, nothing."""
+    with open(file, "ab", buffering=0) as out:
+        size = out.seek(0, os.SEEK_END)
+        try:
+            while text:
+                text = text[out.write(text) :]
+        except OSError:
+            out.truncate(size)
+            raise
 
 
 def _replace(file: Path, text: str) -> None:

@@ -6,6 +6,7 @@ weight give the big batch's gradient (what does not: config.py, router.load_bala
 router's jitter, which is drawn by part).
 """
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from jaxmoe.kernels.cross_entropy import LossSums
 from jaxmoe.model.lm import Denominators, Lm, LmStats, denominators, lm_loss, move_balance_bias
 from jaxmoe.model.router import RouterStats
 from jaxmoe.optim import added_up
+from jaxmoe.run import faults
 from jaxmoe.run.state import TrainState, make_optimizer
 
 Array = jax.Array
@@ -35,6 +37,8 @@ class Batch:
     weights_BL: Any  # float32 [B, L]; 0 leaves a target out
     documents_BL: Any = None  # int32 [B, L], 0 for padding; None: a row is one document
     sources_BY: Any = None  # float32 [B, Y], 1 for the source whose loss a row counts for
+    limits: Any = None  # float32 [2]: of the loss and the gradient's norm (run/guard.py)
+    fault: Any = None  # uint32 [3]: what is rehearsed in the step (run/faults.py)
 
     def inputs(self) -> Array:
         return self.tokens_BL[:, :-1]
@@ -56,10 +60,15 @@ def abstract_batch(config: Config, where: Mesh | AbstractMesh) -> Batch:
     def shaped(length: int, dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((train.batch_size, length), dtype, sharding=rows)
 
+    def everywhere(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(where, P()))
+
     return Batch(
         tokens_BL=shaped(train.seq_len + 1, jnp.int32),
         weights_BL=shaped(train.seq_len, jnp.float32),
         documents_BL=shaped(train.seq_len, jnp.int32) if config.data.document_mask else None,
+        limits=None if config.guard.bad_step == "stop" else everywhere((2,), jnp.float32),
+        fault=everywhere((3,), jnp.uint32) if faults.strikes_step(config) else None,
     )
 
 
@@ -71,6 +80,7 @@ class StepMetrics:
     router: RouterStats | None  # of all layers with experts, on a leading dim X
     mtp_nll: Array  # [n_mtp], nats per token
     grad_norm: Array  # before clipping
+    bad: Array | None = None  # bool []: beyond the batch's limits, so that the update is left out
 
 
 @partial(jax.jit, static_argnums=2, donate_argnums=0)
@@ -83,12 +93,45 @@ def train_step(state: TrainState, batch: Batch, config: Config) -> tuple[TrainSt
 
     grads, (sums, stats) = gradients(state.params, batch, config, key)
     updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
+    if batch.fault is not None:
+        updates = faults.in_rate(updates, batch.fault)
     params: Any = optax.apply_updates(state.params, updates)
     params = move_balance_bias(params, stats, config.model)
     new = TrainState(step=state.step + 1, params=params, opt_state=opt_state)
+    norm = optax.tree.norm(grads)
+    bad = None
+    if batch.limits is not None:
+        values = jnp.stack([sums.nll / sums.weight, norm])
+        bad = ~jnp.all(jnp.isfinite(values) & (values <= batch.limits))
+        new = _unless(bad, new, state)
     return new, StepMetrics(
-        sums=sums, router=stats.router, mtp_nll=stats.mtp_nll, grad_norm=optax.tree.norm(grads)
+        sums=sums, router=stats.router, mtp_nll=stats.mtp_nll, grad_norm=norm, bad=bad
     )
+
+
+def _unless(bad: Array, new: TrainState, old: TrainState) -> TrainState:
+    """`new`, or after a bad step what was before it; but the step and the rate's go on."""
+
+    def either(a: Any, b: Any) -> Any:
+        return a if _is_rate(a) else jax.tree.map(lambda x, y: jnp.where(bad, y, x), a, b)
+
+    return jax.tree.map(either, new, old, is_leaf=_is_rate).replace(step=new.step)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def as_after(step: int, state: TrainState) -> TrainState:
+    """The state as if `step` updates were done: the same parameters and moments."""
+
+    def one(node: Any) -> Any:
+        return node._replace(count=jnp.full_like(node.count, step)) if _is_rate(node) else node
+
+    moved = jax.tree.map(one, state, is_leaf=_is_rate)
+    return moved.replace(step=jnp.full_like(state.step, step))
+
+
+def _is_rate(node: Any) -> bool:
+    """Where the learning rate's schedule keeps its count, which follows the step."""
+    return isinstance(node, optax.ScaleByScheduleState)
 
 
 def gradients(
@@ -97,14 +140,18 @@ def gradients(
     """Of the mean loss, sharded as the optimiser wants them; the sums and what the routers did.
     Each replica computes its own: they cross `replica` once."""
     run = _gradients if config.train.accumulate == 1 else _accumulated
+    fault, batch = batch.fault, dataclasses.replace(batch, limits=None, fault=None)
     if mesh.ways((mesh.REPLICA,)) == 1:
-        return run(params, batch, config, key)
+        grads, aux = run(params, batch, config, key)
+        return grads if fault is None else faults.in_gradients(grads, fault, config), aux
 
     def own(params: Lm, batch: Batch, key: Array | None) -> tuple[Any, Any]:
         grads, aux = run(params, batch, config, key)
         return jax.tree.map(lambda a: a[None], grads), aux
 
     each, aux = _by_replica(own, (P(mesh.REPLICA), P()), params, batch, key)
+    if fault is not None:
+        each = faults.in_gradients(each, fault, config)
     return added_up(each, config.optim), aux
 
 

@@ -38,7 +38,7 @@ from jaxmoe.forecast.__main__ import load_run
 from jaxmoe.model.cost import cost
 from jaxmoe.model.lm import lm_loss
 from jaxmoe.optim import rates, relative_path
-from jaxmoe.run import loop
+from jaxmoe.run import parts
 from jaxmoe.run.loop import Trainer
 from jaxmoe.run.progress import Silent
 from jaxmoe.run.state import init_state, make_optimizer
@@ -95,14 +95,14 @@ def trained(mesh: Mesh, corpus: Corpus, run_dir: Path) -> tuple[Trainer, list[di
 def ran(
     mesh: Mesh, corpus: Corpus, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Trainer, list[dict[str, Any]]]:
-    plain, patch = loop.train_step, pytest.MonkeyPatch()
+    plain, patch = parts.train_step, pytest.MonkeyPatch()
 
     class Spied:
         def lower(self, state: Any, batch: Any, config: Config) -> Any:
             PARTS.append(config.train.accumulate)
             return plain.lower(state, batch, config)
 
-    patch.setattr(loop, "train_step", Spied())
+    patch.setattr(parts, "train_step", Spied())
     try:
         return trained(mesh, corpus, tmp_path_factory.mktemp("ramped") / "run")
     finally:

@@ -100,3 +100,20 @@ def test_every_line_is_there_at_once(mine: RunRecord):
     """A reader sees whole lines: nothing waits in a buffer."""
     mine.event("start", step=0, why="x")
     assert json.loads((mine.folder / "events.jsonl").read_text())["what"] == "start"
+
+
+def test_lines_that_cannot_be_written_come_with_the_next_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder stands where the file goes, until it does not."""
+    run = RunRecord(tmp_path, writes=True)
+    (tmp_path / "metrics.jsonl").mkdir()
+    run.append("metrics.jsonl", {"step": 1})
+    run.append("metrics.jsonl", {"step": 2})
+    assert "its lines are kept until they can be written" in capsys.readouterr().err
+    with pytest.raises(UserError, match="could not be written"):
+        run.check()
+    (tmp_path / "metrics.jsonl").rmdir()
+    run.append("metrics.jsonl", {"step": 3})
+    run.check()
+    assert [row["step"] for row in run.read("metrics.jsonl")] == [1, 2, 3]

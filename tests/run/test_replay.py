@@ -15,7 +15,8 @@ from processes import lines, run
 
 from jaxmoe import replay as replay_lib
 from jaxmoe import tree
-from jaxmoe.replay import main, replay
+from jaxmoe.errors import UserError
+from jaxmoe.replay import left_out, main, replay
 from jaxmoe.run import platform
 from jaxmoe.run.loop import Trainer
 
@@ -42,6 +43,17 @@ def test_a_step_of_a_sound_run_is_repeated_bit_for_bit_and_nothing_is_written(
     assert found["recorded"] == wanted and found["replayed"] == wanted
     assert found["twice"] == [] and found["elsewhere"] is None
     assert contents(straight) == before
+
+
+def test_updates_that_the_guard_left_out_are_left_out_again(tmp_path: Path) -> None:
+    """What a resume undid is not; and what was rolled back to is not guessed."""
+    rows = [(8, "skip"), (12, "skip"), (9, "resume"), (15, "skip"), (20, "rollback")]
+    events = [{"step": step, "what": what, "why": ""} for step, what in rows]
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
+    assert left_out(tmp_path, 6, 18) == {8, 15}
+    assert left_out(tmp_path, 20, 24) == {8, 15}
+    with pytest.raises(UserError, match="rolled back at step 20"):
+        left_out(tmp_path, 18, 24)
 
 
 @pytest.fixture

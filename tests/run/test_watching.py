@@ -13,7 +13,7 @@ from small import small
 
 from jaxmoe.config import Config, DataConfig
 from jaxmoe.data.cache import Corpus, prepare
-from jaxmoe.run import loop
+from jaxmoe.run import parts
 from jaxmoe.run.loop import Alarmed, Trainer
 from jaxmoe.run.progress import Silent
 from jaxmoe.run.watching import Watching
@@ -70,7 +70,7 @@ def test_an_alarm_saves_and_ends_the_run_which_then_goes_on(
     corpus: Corpus, mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Held-out losses of a healthy run, then of one that is 10 % off."""
-    evaluated = loop.evaluate_sets
+    evaluated = parts.evaluate_sets
     trainer: Trainer
 
     def faulty(sets: Any, sums: Any) -> Any:
@@ -78,7 +78,7 @@ def test_an_alarm_saves_and_ends_the_run_which_then_goes_on(
         lines = evaluated(sets, sums)
         return [{**line, "nll": fall(max(1, step))} for line in lines]
 
-    monkeypatch.setattr(loop, "evaluate_sets", faulty)
+    monkeypatch.setattr(parts, "evaluate_sets", faulty)
     stopping = replace(config("stop"), checkpoint=replace(small().checkpoint, every=100))
     trainer = Trainer(stopping, mesh, corpus, tmp_path / "run", Silent(), 1e12)
     state = trainer.prepare()
