@@ -31,7 +31,12 @@ def start(config: Config) -> None:
     jax.config.update("jax_enable_preemption_service", False)
     process_id = int(os.environ["JAXMOE_PROCESS_ID"])
     try:
-        jax.distributed.initialize(address, num_processes=n_processes, process_id=process_id)
+        jax.distributed.initialize(
+            address,
+            num_processes=n_processes,
+            process_id=process_id,
+            heartbeat_timeout_seconds=config.health.peer_deadline,
+        )
     except RuntimeError as error:
         raise UserError(f"cannot join the processes at {address}: {error}") from error
 

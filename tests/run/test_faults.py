@@ -56,11 +56,16 @@ def test_a_kill_strikes_once_and_nothing_is_lost(
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(
+    "victim, by",
+    [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)],
+    ids=["coordinator", "other", "frozen"],
+)
 def test_the_survivor_of_two_ends_within_seconds(
-    victim: int, text_cache: Path, tmp_path: Path
+    victim: int, by: signal.Signals, text_cache: Path, tmp_path: Path
 ) -> None:
-    """Without a launcher that would end it: of the coordinator, and of the other one."""
+    """Without a launcher that would end it. A frozen one closes no connection, as a machine without
+    power does not: only `health.peer_deadline` (10 s) finds it."""
     run_dir = tmp_path / "run"
     port = free_port()
     mesh = ("--set", "mesh.expert=2", "--set", "mesh.model=2", "--set", "mesh.data=2")
@@ -78,7 +83,7 @@ def test_the_survivor_of_two_ends_within_seconds(
             processes.append(subprocess.Popen(command, env=env, stdout=out, stderr=out))
     try:
         wait(processes[0], lambda: logged(run_dir) >= 3, logs[0])
-        processes[victim].kill()
+        processes[victim].send_signal(by)
         began = time.monotonic()
         code = processes[1 - victim].wait(timeout=PATIENCE)
         assert time.monotonic() - began < 15
