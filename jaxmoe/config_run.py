@@ -100,8 +100,8 @@ class HealthConfig(Strict):
     start_deadline: NonNegative = 3600.0  # from the start to the first step, without preparing data
     step_deadline: NonNegative = 1200.0  # of a step, or a batch of an evaluation
     save_deadline: NonNegative = 3600.0  # of what a save waits for
-    # Whole seconds without a sign of life of a process, after which the others end. A lost connection
-    # ends them at once; this is for where they wait for one that is still to be made.
+    # Whole seconds without a sign of life of a process, after which the others end. A connection
+    # that breaks ends them at once; this is for a frozen machine, and one not yet connected to.
     peer_deadline: Positive = 10
     # A process that takes so many times as long for its own part of a step as the middle one, and
     # by that a tenth of the step, is told as slow.
@@ -131,7 +131,7 @@ class FaultConfig(Strict):
 
     kind: FAULTS
     step: Positive
-    rank: Natural = 0  # process, of kill, hang and slow
+    rank: Natural = 0  # process, of kill, hang, slow and disk-full
     device: Natural = 0  # of the mesh, by number; of what strikes a parameter or gradient
     array: str = ""  # part of a parameter's name; "": the first
     bit: Annotated[int, Field(ge=0, lt=32)] = 30  # of a float32: 31 is the sign, 23 to 30 exponent

@@ -34,3 +34,16 @@ def keep_free_axes() -> None:
 
     sharding.keeps_free_axes = True  # type: ignore[attr-defined]
     module._shardy_shard_map_sharding = sharding
+
+
+def coordination_client() -> Any:
+    """The key-value store that all processes of a run see; JAX has no public name for it.
+
+    Raises:
+        RuntimeError: this is a run of one process.
+    """
+    from jax._src import distributed
+
+    if distributed.global_state.client is None:
+        raise RuntimeError("a run of one process has no coordination service")
+    return distributed.global_state.client

@@ -124,11 +124,11 @@ class Faults:
                     _damage(folder, fault)
 
     def disk_full(self, step: int) -> bool:
-        """Whether the checkpoint of a step meets a full disk."""
+        """Whether this process's part of the checkpoint of a step meets a full disk."""
         for number, fault in [*self._left.items()]:
             if fault.kind == "disk-full" and fault.step <= step:
-                self._strike(number, step)
-                return True
+                self._strike(number, step, rank=fault.rank)
+                return fault.rank == jax.process_index()
         return False
 
     def _on(self, fault: FaultConfig, step: int) -> bool:

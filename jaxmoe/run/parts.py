@@ -125,7 +125,8 @@ class Parts:
             raise UserError("checkpoint.near is for runs of one process; leave it out")
         kept = milestones(self.config, record.checkpoint_steps(folder))
         near = near_folder(folder, own)
-        return Tiers.open(folder / record.CHECKPOINTS, own, kept, near)
+        abstract = abstract_state(self.config, self.mesh)
+        return Tiers.open(folder / record.CHECKPOINTS, own, abstract, kept, near)
 
     def _restored(self, last: int | None = None) -> Restored | None:
         """The newest whole checkpoint, up to a step."""
