@@ -121,6 +121,7 @@ FAULTS = Literal[
     "truncate-checkpoint",
     "flip-checkpoint",
     "disk-full",
+    "damage-shard",
 ]
 
 
@@ -135,7 +136,7 @@ class FaultConfig(Strict):
     device: Natural = 0  # of the mesh, by number; of what strikes a parameter or gradient
     array: str = ""  # part of a parameter's name; "": the first
     bit: Annotated[int, Field(ge=0, lt=32)] = 30  # of a float32: 31 is the sign, 23 to 30 exponent
-    index: Natural = 0  # of the element, in the part that the device holds
+    index: Natural = 0  # of the element, in the part that the device holds; of the shard of data
     expert: Natural = 0  # of zero-expert, in all layers
     factor: float = 10.0  # of rate-slip
     seconds: NonNegative = 1.0  # of slow, each step

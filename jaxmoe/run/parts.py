@@ -104,7 +104,8 @@ class Parts:
         self.watching = Watching(self.config, curves_of(planned))
         self.checkpoints = self._open_checkpoints()
         if self.config.faults:
-            self.faults = Faults(self.config, self.mesh, self.record.folder, self._event)
+            data, folder = self.corpus.guard, self.record.folder
+            self.faults = Faults(self.config, self.mesh, data, folder, self._event)
         restored = self._restored()
         if restored is None:
             self.record.rewind(0)
@@ -175,6 +176,8 @@ class Parts:
         step = self.plan.step_of(self.tokens)
         shape = self.plan.at(step).shape
         self.tokens += shape.tokens
+        if self.faults is not None:
+            self.faults.before_reading(step)
 
         @cache  # asked by every device, and for every part of the batch
         def rows(start: int, stop: int) -> Rows | Packed:
