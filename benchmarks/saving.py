@@ -6,8 +6,8 @@
 The stall is the time that the loop spends in a save (the copy, and what is left of the one before),
 of a step's time and of the default interval's. Memory is the peak of the process from the first
 save to the last but one (an evaluation compiles before the last) over its peak in the steps before,
-which compile nothing, over the bytes of the state. Steps go on while files are written, so they are slower then, on a machine whose cores they
-share: that is told as well.
+which compile nothing, over the bytes of the state. Steps go on while files are written, so they are
+slower then, on a machine whose cores they share: that is told as well.
 """
 
 import argparse
