@@ -58,8 +58,9 @@ def fruitless(starts: Sequence[int], step: int) -> int:
 
 
 def _answer(run_dir: Path, starts: Path, patience: int, *, note: bool) -> int:
-    step = furthest_step(run_dir)
     before = [int(word) for word in starts.read_text().split()] if starts.exists() else []
+    # A start that resumed from further back has dropped lines that an earlier one had written.
+    step = max(furthest_step(run_dir), *before, 0)
     if fruitless(before, step) >= patience:
         print(
             f"jaxmoe.restarts: {run_dir}: {patience} starts in a row with nothing beyond step"

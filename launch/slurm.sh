@@ -33,7 +33,7 @@ args=("$@")
 for ((i = 0; i < $#; i++)); do
   [ "${args[i]}" = --command ] || continue
   [ $((i + 2)) = $# ] || refuse "--command takes one word, and is the last"
-  command=${args[i + 1]}; args=("${args[@]:0:i}")
+  command=${args[i + 1]}; args=("${args[@]:0:i}"); break
 done
 
 # sbatch runs a copy of this script, so $0 does not say where the checkout is.

@@ -58,6 +58,22 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
 
+def fetched(cache: Path) -> Path | None:
+    """Where Slurm was unpacked, once for all runs of the suite; None where it is installed.
+
+    Without either a person's tests are skipped, and CI's fail.
+    """
+    if all(shutil.which(name) for name in ("munged", "slurmctld", "slurmd", "sbatch")):
+        return None
+    folder = cache / "slurm"
+    done = subprocess.run([str(FETCH), str(folder)], capture_output=True, text=True)
+    if done.returncode != 0:
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"CI needs Slurm: {done.stderr.strip()}")
+        pytest.skip(done.stderr.strip())
+    return folder / "root"
+
+
 class Cluster:
     """Commands of a user, and the daemons' processes."""
 
