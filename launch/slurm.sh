@@ -161,6 +161,5 @@ case $code in
     [ "${SLURM_RESTART_COUNT:-0}" -lt "${JAXMOE_PATIENCE:-3}" ] || { say "ended with $ended; enough starts, giving up"; exit 4; } ;;
 esac
 say "ended with $ended ($([ "$ended" = 75 ] && echo "asked to end, state saved" || echo "a fault")); the job is requeued"
-if scontrol requeue "$job"; then sleep 60; fi  # which Slurm cuts short
-say "not requeued; submit it again"
+if scontrol requeue "$job"; then sleep 60; else say "Slurm does not requeue it: submit it again"; fi  # it ends the sleep
 exit "$ended"

@@ -110,9 +110,12 @@ class Cluster:
         self._daemon("slurmctld", [self._program("slurmctld"), "-D", "-c"])
         for node in self.nodes:
             self.start_node(node)
-        self.wait(
-            lambda: self.say("sinfo", "-h", "-o", "%T %D").strip() == f"idle {NODES}", "nodes"
-        )
+        self.wait_for_nodes()
+
+    def wait_for_nodes(self) -> None:
+        """Until all of them are up, and none has work."""
+        up = f"idle {NODES}"
+        self.wait(lambda: self.say("sinfo", "-h", "-o", "%T %D").strip() == up, "idle nodes")
 
     @property
     def nodes(self) -> list[str]:
@@ -125,10 +128,13 @@ class Cluster:
     def kill_node(self, node: str) -> None:
         """kill -9 of all that runs there: the daemon, its steps and their tasks."""
         daemon = self._daemons.pop(node)
-        for pid in [daemon.pid, *self.of_node(node)]:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        daemon.kill()
         daemon.wait(timeout=PATIENCE)
+        while left := self.of_node(node):  # the dead have to be seen as such, and none is born
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.01)
 
     def of_node(self, node: str) -> list[int]:
         """Processes of jobs on a node."""
