@@ -66,6 +66,7 @@ def equal(run_dir: Path, straight: Path) -> None:
     np.testing.assert_allclose(last[0], last[1], rtol=1e-5)
 
 
+@pytest.mark.timeout(600)
 def test_its_time_is_over_and_it_comes_back(
     cluster: Cluster, straight: Path, tmp_path: Path
 ) -> None:
@@ -88,6 +89,7 @@ def test_its_time_is_over_and_it_comes_back(
     assert "2 x cpu, 2 processes" in said and not list(tmp_path.glob("run.starts-*"))
 
 
+@pytest.mark.timeout(600)
 def test_a_task_crashes_then_a_node_dies_and_the_run_ends_as_one_process(
     cluster: Cluster, straight: Path, tmp_path: Path
 ) -> None:
@@ -180,7 +182,9 @@ def test_nodes_do_not_meet_at_loopback(
 
 
 def test_faults_without_a_step_forward_come_to_an_end(cluster: Cluster, tmp_path: Path) -> None:
-    python = fake(tmp_path, 'exec sh -c "kill -9 \\$\\$"')
+    """One task crashes, and the other would wait for it for ever."""
+    does = '[ "$JAXMOE_PROCESS_ID" = 1 ] || exec sleep 1000; exec sh -c "kill -9 \\$\\$"'
+    python = fake(tmp_path, does)
     own = {"PYTHON": python, "JAXMOE_LOOPBACK": "1", "JAXMOE_PATIENCE": "2"}
     job = cluster.submit("--nodes=2", str(SCRIPT), "--run-dir", str(tmp_path / "run"), **own)
     assert cluster.finished(job) == ("FAILED", 4), cluster.output(job)
@@ -200,8 +204,12 @@ def test_a_code_that_all_tasks_share_is_that_of_the_job(cluster: Cluster, tmp_pa
 
 
 def test_scancel_is_the_end(cluster: Cluster, tmp_path: Path) -> None:
-    """The tasks are asked, and answer 75; the job does not come back, as it does otherwise."""
-    does = f"trap 'exit 75' TERM USR1; touch {tmp_path}/up; while :; do sleep 0.1; done"
+    """The task answers 75, and the job does not come back: not as with the signal before the time
+    limit, which here ends a task that had not begun to train."""
+    does = (
+        f"[ -e {tmp_path}/again ] && trap 'exit 75' TERM; touch {tmp_path}/again {tmp_path}/up;"
+        " while :; do sleep 0.1; done"
+    )
     own = {"PYTHON": fake(tmp_path, does)}
     words = ("--nodes=1", str(SCRIPT), "--run-dir", str(tmp_path / "run"))
     job = cluster.submit(*words, **own)
@@ -214,3 +222,4 @@ def test_scancel_is_the_end(cluster: Cluster, tmp_path: Path) -> None:
     cluster.wait(lambda: gone(cluster), "its end")
     assert cluster.shown(job)["Restarts"] == "1"
     assert cluster.output(job).count("the job is requeued") == 1
+    assert "ended with 75 (asked to end" in cluster.output(job)
