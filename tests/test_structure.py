@@ -41,7 +41,7 @@ FLOORS = {
     3: ("optim", "adafactor", "moments", "data"),
     4: ("run",),
     5: ("plan", "ladder", "evaluate", "convert", "generate", "report"),
-    6: ("train", "supervise", "replay", "coordinates"),
+    6: ("train", "supervise", "restarts", "replay", "coordinates"),
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 
