@@ -121,7 +121,7 @@ def test_a_request_to_end_reaches_the_workers_and_is_answered_75(
     slice_of_two: dict[str, str], how: signal.Signals | str
 ) -> None:
     env = slice_of_two | {"ENDS": "wait,wait"}
-    with subprocess.Popen([str(TPU)], env=env, start_new_session=True) as process:
+    with subprocess.Popen([str(TPU)], env=env, start_new_session=True, text=True) as process:
         try:
             homes = [Path(env["FAKE"]) / f"worker-{k}" for k in range(2)]
             end = time.monotonic() + 30
@@ -132,6 +132,8 @@ def test_a_request_to_end_reaches_the_workers_and_is_answered_75(
             assert again.returncode == 2 and "alive on this worker" in again.stderr
             if isinstance(how, str):
                 assert launch(env, how).returncode == 0
+            elif how == signal.SIGINT:  # as a terminal sends it, to the whole group
+                os.killpg(process.pid, how)
             else:
                 process.send_signal(how)
             assert process.wait(timeout=30) == 75
