@@ -29,7 +29,7 @@ from jaxmoe.forecast.score import score
 from jaxmoe.model.cost import cost
 from jaxmoe.model.lm import lm_specs
 from jaxmoe.optim import rates
-from jaxmoe.run import platform, record, xla
+from jaxmoe.run import mirror, platform, record, xla
 from jaxmoe.run.health import Corrupted
 from jaxmoe.run.loop import Alarmed, Outcome, Trainer
 from jaxmoe.run.params import open_params
@@ -80,6 +80,7 @@ def run(config: Config, run_dir: Path, resume: str) -> int:
     """Builds everything, trains, and leaves the record; nothing is written before it is checked."""
     began = time.perf_counter()
     check(config)
+    mirror.check(config.log)
     record.check_directory(run_dir, config, resume)
     platform.start(config)
     xla.keep_compiled(cache_root(config.data))

@@ -55,7 +55,7 @@ class Trainer(Parts):
     """A run on a mesh, from its start or the newest checkpoint to its end."""
 
     def run(self, state: TrainState) -> Outcome:
-        with self.preemption.listening():
+        with self.preemption.listening(), self.record.mirroring():
             saved: int | None = int(state.step)  # or there is nothing to save
             while True:
                 try:

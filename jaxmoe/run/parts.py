@@ -33,6 +33,7 @@ from jaxmoe.run.forecasting import ForecastHook
 from jaxmoe.run.guard import Guard
 from jaxmoe.run.health import Health
 from jaxmoe.run.meter import CodeLength, Meter
+from jaxmoe.run.mirror import mirrors
 from jaxmoe.run.params import Params, open_params
 from jaxmoe.run.preemption import Preemption
 from jaxmoe.run.progress import Display
@@ -72,7 +73,8 @@ class Parts:
         `writes` the run directory stays as it is."""
         self.config, self.mesh, self.corpus, self.display = config, mesh, corpus, display
         self.origin = origin
-        self.record = RunRecord(run_dir, writes=writes and jax.process_index() == 0)
+        writes = writes and jax.process_index() == 0
+        self.record = RunRecord(run_dir, writes=writes, mirrors=mirrors(config, run_dir))
         self.plan = curriculum(config)
         self.stream = feed.open_stream(config, corpus)
         self.sets = open_sets(config, corpus)
