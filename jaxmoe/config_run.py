@@ -101,8 +101,8 @@ class HealthConfig(Strict):
     start_deadline: NonNegative = 3600.0  # from the start to the first step, without preparing data
     step_deadline: NonNegative = 1200.0  # of a step, or a batch of an evaluation
     save_deadline: NonNegative = 3600.0  # of what a save waits for
-    # Whole seconds without a sign of life of a process, after which the others end. A lost connection
-    # ends them at once; this is for where they wait for one that is still to be made.
+    # Whole seconds without a sign of life of a process, after which the others end. A connection
+    # that is lost ends them at once; this is for where they wait for one that is still to be made.
     peer_deadline: Positive = 10
     # A process that takes so many times as long for its own part of a step as the middle one, and
     # by that a tenth of the step, is told as slow.
