@@ -26,6 +26,7 @@ from jaxmoe.config_run import (
     ForecastConfig,
     GuardConfig,
     HealthConfig,
+    LogConfig,
     MeshConfig,
 )
 from jaxmoe.config_types import LATER, Fraction, Natural, NonNegative, Positive, Strict
@@ -302,6 +303,7 @@ class Config(Strict):
     forecast: ForecastConfig = field(default_factory=ForecastConfig)
     guard: GuardConfig = field(default_factory=GuardConfig, metadata=LATER)
     health: HealthConfig = field(default_factory=HealthConfig, metadata=LATER)
+    log: LogConfig = field(default_factory=LogConfig, metadata=LATER)
     faults: tuple[FaultConfig, ...] = field(default=(), metadata=LATER)
 
     @property

@@ -1,5 +1,5 @@
 """Parts of the config that say how a run is held: evaluation, mesh, checkpoints, forecasts, what
-guards it, and the faults that are rehearsed.
+guards it, how it is watched, and the faults that are rehearsed.
 """
 
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ __all__ = [
     "ForecastConfig",
     "GuardConfig",
     "HealthConfig",
+    "LogConfig",
     "MeshConfig",
 ]
 
@@ -106,6 +107,20 @@ class HealthConfig(Strict):
     # A process that takes so many times as long for its own part of a step as the middle one, and
     # by that a tenth of the step, is told as slow.
     slow: Annotated[float, Field(gt=1)] = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig(Strict):
+    """How a run is watched (docs/watching.md); it changes neither a loss nor the record."""
+
+    # auto: live on a terminal, plain lines elsewhere. quiet: what goes wrong, and the end.
+    terminal: Literal["auto", "live", "plain", "quiet"] = "auto"
+    tensorboard: bool = False  # event files in the run directory
+    # Project of Weights & Biases; offline, in the run directory, unless WANDB_MODE says otherwise.
+    wandb: Annotated[str, Field(min_length=1)] | None = None
+    # Updates, from 1, at which the first process begins a trace by jax.profiler of so many.
+    profile_at: tuple[Positive, ...] = ()
+    profile_steps: Positive = 3
 
 
 FAULTS = Literal[

@@ -194,6 +194,7 @@ def check_batch(mesh: Mesh | AbstractMesh, name: str, batch_size: int, parts: in
         raise UserError(f"{name}={batch_size}{of} does not divide over the mesh axes {over}")
 
 
+@jax.named_scope("gather")
 def gather(params: Any, specs: Any, dtype: jnp.dtype) -> Any:
     """A layer's parameters as it uses them: cast to `dtype` first (half the bytes move), then
     resharded from STORE to COMPUTE."""

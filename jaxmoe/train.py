@@ -29,12 +29,13 @@ from jaxmoe.forecast.score import score
 from jaxmoe.model.cost import cost
 from jaxmoe.model.lm import lm_specs
 from jaxmoe.optim import rates
-from jaxmoe.run import platform, record, xla
+from jaxmoe.run import mirror, platform, record, xla
+from jaxmoe.run.dashboard import display
 from jaxmoe.run.health import Corrupted
 from jaxmoe.run.loop import Alarmed, Outcome, Trainer
 from jaxmoe.run.params import open_params
 from jaxmoe.run.preemption import Preempted
-from jaxmoe.run.progress import Display, clock, display
+from jaxmoe.run.progress import Display, clock
 from jaxmoe.run.state import param_specs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,6 +81,7 @@ def run(config: Config, run_dir: Path, resume: str) -> int:
     """Builds everything, trains, and leaves the record; nothing is written before it is checked."""
     began = time.perf_counter()
     check(config)
+    mirror.check(config.log)
     record.check_directory(run_dir, config, resume)
     platform.start(config)
     xla.keep_compiled(cache_root(config.data))
@@ -97,11 +99,11 @@ def run(config: Config, run_dir: Path, resume: str) -> int:
         if writes:
             _say_finished(result, run_dir)
         return 0
-    corpus = open_corpus(config, _reporter(writes))
+    corpus = open_corpus(config, _reporter(writes and config.log.terminal != "quiet"))
     record.check_data(run_dir, corpus.fingerprint)
     # Outside of the mesh: it is measured on one device.
     peak = platform.measured_peak(config.model.dtype)
-    view = display(writes=writes)
+    view = display(config.log.terminal, config.name, writes=writes)
     try:
         with jax.set_mesh(mesh):
             trainer = Trainer(config, mesh, corpus, run_dir, view, peak, origin)

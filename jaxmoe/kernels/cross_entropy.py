@@ -128,16 +128,17 @@ def _forward(
         if options.soft_cap is not None:  # d tanh = 1 - tanh^2
             dlogits_BlV *= 1 - (logits_BlV / options.soft_cap) ** 2
         dlogits_BlV = dlogits_BlV.astype(x_BlD.dtype)
-        dx_BlD = jnp.einsum(
-            "BlV,DV->BlD", dlogits_BlV, head_DV, out_sharding=jax.typeof(x_BlD).sharding
-        )
-        dhead_DV += jnp.einsum(
-            "BlD,BlV->DV",
-            x_BlD,
-            dlogits_BlV,
-            preferred_element_type=jnp.float32,
-            out_sharding=jax.typeof(head_DV).sharding,
-        )
+        with jax.named_scope("head"):
+            dx_BlD = jnp.einsum(
+                "BlV,DV->BlD", dlogits_BlV, head_DV, out_sharding=jax.typeof(x_BlD).sharding
+            )
+            dhead_DV += jnp.einsum(
+                "BlD,BlV->DV",
+                x_BlD,
+                dlogits_BlV,
+                preferred_element_type=jnp.float32,
+                out_sharding=jax.typeof(head_DV).sharding,
+            )
         return (jax.tree.map(jnp.add, sums, more), dhead_DV), dx_BlD
 
     zero = (_no_sums(sources_BY), jnp.zeros_like(head_DV, dtype=jnp.float32))
@@ -219,7 +220,8 @@ def _chunk_sums(
 ) -> tuple[_Sums, tuple[Array, Array]]:
     """`inputs`: x_BlD, targets_Bl, weights_Bl. Also the logits_BlV and their logsumexp."""
     x_BlD, targets_Bl, weights_Bl = inputs
-    logits_BlV = jnp.einsum("BlD,DV->BlV", x_BlD, head_DV, preferred_element_type=jnp.float32)
+    with jax.named_scope("head"):
+        logits_BlV = jnp.einsum("BlD,DV->BlV", x_BlD, head_DV, preferred_element_type=jnp.float32)
     logits_BlV = soft_capped(logits_BlV, soft_cap)
     lse_Bl = jax.nn.logsumexp(logits_BlV, axis=-1)
     # A masked sum, since V may be sharded and a sharded dim cannot be indexed.

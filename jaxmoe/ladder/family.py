@@ -25,7 +25,7 @@ DEFAULT_FUNCTION = "rung"
 # What a rung may change: sizes, tokens, what follows from them by transfer rules, and what does not
 # change losses. All other leaves of the config are the recipe, equal on all rungs.
 DIAL = (
-    *("name", "seed", "mesh.*", "checkpoint.*", "forecast.*", "health.*"),
+    *("name", "seed", "mesh.*", "checkpoint.*", "forecast.*", "health.*", "log.*"),
     *("data.cache", "data.damaged"),
     *("model.d_model", "model.n_layers", "model.n_heads", "model.n_kv_heads", "model.d_head"),
     *("model.mla.*", "model.d_ff", "model.d_ff_dense", "model.n_experts", "model.top_k"),

@@ -197,7 +197,8 @@ def hidden(
     router sums by segment. tokens_BL in natural order."""
     x_BLD = embedded(params, tokens_BL, cfg)
     x_BLD, stats = run_layers(params.layers, x_BLD, places, cfg, key, layout)
-    return from_stream(rms_norm(params.final_norm_D, x_BLD, cfg.norm_eps)), stats
+    with jax.named_scope("final"):
+        return from_stream(rms_norm(params.final_norm_D, x_BLD, cfg.norm_eps)), stats
 
 
 def lm_logits(
@@ -286,6 +287,7 @@ def embedded(params: Lm, tokens_BL: Array, cfg: ModelConfig) -> Array:
         return to_stream(look_up(embed_VD, spread(tokens_BL)))
 
 
+@jax.named_scope("head")
 def _head(params: Lm, cfg: ModelConfig) -> Array:
     specs, dtype = lm_specs(cfg), jnp.dtype(cfg.dtype)
     if cfg.tie_embeddings:

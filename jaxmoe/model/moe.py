@@ -157,7 +157,8 @@ def _run(
 ) -> tuple[tuple[Array, Array], Any]:
     """What the experts give, and what the backward pass reads."""
     rows, ordered = _row_specs(x_BLD)
-    order = jax.shard_map(partial(_order, cfg), in_specs=rows, out_specs=ordered)(ids_BLA)
+    with jax.named_scope("dispatch"):
+        order = jax.shard_map(partial(_order, cfg), in_specs=rows, out_specs=ordered)(ids_BLA)
     order = named(order, CHOICE)  # a sort of small numbers, not to be done again
     mapped: Any = jax.shard_map(
         partial(_forward, cfg, keep),
@@ -214,6 +215,7 @@ _FSDP = {"wgate_EDF": 1, "wup_EDF": 1, "wdown_EFD": 2}
 _FSDP_AXES = COMPUTE["expert_embed"]
 
 
+@jax.named_scope("gather")
 def _gathered(w: Experts, x_tD: Array) -> Experts:
     """Matrices with all of D, and marked as different wherever the rows are: else the transpose of
     an implicit cast would put a collective into the loops. The down bias is on all `model` shards,
@@ -228,6 +230,7 @@ def _gathered(w: Experts, x_tD: Array) -> Experts:
     return replace(w, bdown_ED=bias)
 
 
+@jax.named_scope("scatter")
 def _summed(dw: Experts, x_tD: Array) -> Experts:
     """Gradients over all shards of the batch, each left with its part of D: scattered over those
     axes first, so that the other axes, of slower links, carry parts only."""
@@ -350,9 +353,12 @@ def _through(
 ) -> tuple[Array, Any]:
     """One shard's output: its rows to their experts, through them and back; and their hidden rows
     if they are to be kept."""
-    x_SD, weights_S = _varying(sent.rows(x_tD), sent.weights(weights_tA))
-    y_SD, kept = _ENGINES[path_of(cfg)].compute(cfg, sent, w, x_SD, weights_S, keep=keep)
-    return dispatch.completed(sent.sum_back(y_SD), exchange.is_spread(x_tD)), kept
+    with jax.named_scope("dispatch"):
+        x_SD, weights_S = _varying(sent.rows(x_tD), sent.weights(weights_tA))
+    with jax.named_scope("matmuls"):
+        y_SD, kept = _ENGINES[path_of(cfg)].compute(cfg, sent, w, x_SD, weights_S, keep=keep)
+    with jax.named_scope("combine"):
+        return dispatch.completed(sent.sum_back(y_SD), exchange.is_spread(x_tD)), kept
 
 
 def _through_backward(
@@ -365,12 +371,16 @@ def _through_backward(
     kept: Any,
 ) -> tuple[Array, Array, Experts]:
     """Gradients of x, the combine weights and, from this shard's rows, the experts' parameters."""
-    x_SD, weights_S, dy_SD = _varying(sent.rows(x_tD), sent.weights(weights_tA), sent.rows(dy_tD))
+    rows, weights = sent.rows, sent.weights
+    with jax.named_scope("dispatch"):
+        x_SD, weights_S, dy_SD = _varying(rows(x_tD), weights(weights_tA), rows(dy_tD))
     gradients = _ENGINES[path_of(cfg)].gradients
-    dw, dx_SD, dweights_S = gradients(cfg, sent, w, x_SD, weights_S, dy_SD, kept)
+    with jax.named_scope("matmuls"):
+        dw, dx_SD, dweights_S = gradients(cfg, sent, w, x_SD, weights_S, dy_SD, kept)
     spread = exchange.is_spread(x_tD)
-    dx_tD = dispatch.completed(sent.sum_back(dx_SD), spread)
-    dweights_tA = dispatch.completed(sent.weights_back(dweights_S), spread)
+    with jax.named_scope("combine"):
+        dx_tD = dispatch.completed(sent.sum_back(dx_SD), spread)
+        dweights_tA = dispatch.completed(sent.weights_back(dweights_S), spread)
     return dx_tD, dweights_tA, dw
 
 
@@ -397,14 +407,17 @@ def _batched(
     # Where they are the same on all `model` shards, each of which gives a part of the gradient, the
     # transpose of the cast adds them up.
     x_tD, weights_tA = _varying(x_tD, weights_tA)
-    x_SD = dispatch.to_slots(x_tD, plan)
-    x_erD = dispatch.to_experts(x_SD, capacity, spread)
-    y_erD = _ffn(x_erD, w, cfg)
-    y_SD = dispatch.from_experts(y_erD, capacity, spread)
-    y_tD = dispatch.from_slots(y_SD, weights_tA, plan)
-    # Each `model` shard has summed over its part of F only. Added after the combine, so that a
-    # token's row moves once instead of once a choice.
-    return dispatch.completed(y_tD, spread)
+    with jax.named_scope("dispatch"):
+        x_SD = dispatch.to_slots(x_tD, plan)
+        x_erD = dispatch.to_experts(x_SD, capacity, spread)
+    with jax.named_scope("matmuls"):
+        y_erD = _ffn(x_erD, w, cfg)
+    with jax.named_scope("combine"):
+        y_SD = dispatch.from_experts(y_erD, capacity, spread)
+        y_tD = dispatch.from_slots(y_SD, weights_tA, plan)
+        # Each `model` shard has summed over its part of F only. Added after the combine, so that a
+        # token's row moves once instead of once a choice.
+        return dispatch.completed(y_tD, spread)
 
 
 def _ffn(x_erD: Array, w: Experts, cfg: ModelConfig) -> Array:

@@ -12,6 +12,7 @@ def rms_norm_specs(width: int) -> Spec:
     return Spec(shape=(width,), axes=("norm",), init="ones", cast=False)
 
 
+@jax.named_scope("norm")
 def rms_norm(scale: Array, x: Array, eps: float) -> Array:
     """x / rms(x) * scale over the dims of `scale`, the last ones; float32 inside, the dtype of x
     outside."""

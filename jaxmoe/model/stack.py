@@ -120,6 +120,7 @@ def layers_specs(cfg: ModelConfig) -> tuple[tuple[Layer, ...], ...]:
     )
 
 
+@jax.named_scope("layers")
 def run_layers(
     params: tuple[tuple[Layer, ...], ...],
     x_BLD: Array,
@@ -234,6 +235,7 @@ def _layer(
     return x_BLD + y_BLD, stats
 
 
+@jax.named_scope("attention")
 def attend(params: Layer, x_BLD: Array, places: Places, cfg: ModelConfig, kind: Kind) -> Array:
     """What attention adds to the residual stream; from parameters as they rest."""
     h_BLD = from_stream(rms_norm(params.attention_norm_D, x_BLD, cfg.norm_eps))
@@ -250,6 +252,13 @@ def feed(
     key: Array | None = None,
 ) -> tuple[Array, RouterSums | None]:
     """What the feed-forward or the experts add to it, and what the router did."""
+    with jax.named_scope("moe" if kind.moe else "ffn"):
+        return _feed(params, x_BLD, places, cfg, kind, key)
+
+
+def _feed(
+    params: Layer, x_BLD: Array, places: Places, cfg: ModelConfig, kind: Kind, key: Array | None
+) -> tuple[Array, RouterSums | None]:
     h_BLD = rms_norm(params.ffn_norm_D, x_BLD, cfg.norm_eps)
     own = gather(params.ffn, layer_specs(cfg, kind).ffn, jnp.dtype(cfg.dtype))
     if not kind.moe:

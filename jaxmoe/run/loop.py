@@ -20,7 +20,7 @@ from jaxmoe.run.guard import BadStep
 from jaxmoe.run.health import Corrupted
 from jaxmoe.run.parts import Parts
 from jaxmoe.run.preemption import Preempted
-from jaxmoe.run.progress import in_bits
+from jaxmoe.run.progress import in_bits, of_line
 from jaxmoe.run.state import TrainState
 from jaxmoe.run.step import Batch, StepMetrics, as_after
 
@@ -55,7 +55,7 @@ class Trainer(Parts):
     """A run on a mesh, from its start or the newest checkpoint to its end."""
 
     def run(self, state: TrainState) -> Outcome:
-        with self.preemption.listening():
+        with self.preemption.listening(), self.record.mirroring(), self.profile.ending():
             saved: int | None = int(state.step)  # or there is nothing to save
             while True:
                 try:
@@ -75,6 +75,9 @@ class Trainer(Parts):
         pending = None
         while True:
             self.health.turn(step, state, config.train.log_every)
+            if self.profile.ends(step):
+                pending = self._read(pending)
+                self.end_trace(step)
             if step != saved and self.health.looks(step):
                 pending = self._read(pending)
                 self.look(step, state)
@@ -109,6 +112,9 @@ class Trainer(Parts):
                 pending = self._read(pending)
             if self.faults is not None:
                 state = self.faults.before(step + 1, state)
+            if self.profile.begins(step):
+                pending = self._read(pending)
+                self.profile.begin(step)
             with self.meter.drawing():
                 batch = self._draw(step)
             state, metrics = self.take(state, batch)
@@ -182,8 +188,9 @@ class Trainer(Parts):
             if self.guard.active:
                 line["train/skipped"] = self.guard.skipped
             self.record.append(record.METRICS, line)
-            nll = self.evaluated and self.evaluated[1]
-            known = in_bits(self.standing, nll, self.bits_per_nat)
+            at, nll = self.evaluated or (None, None)
+            known = in_bits(self.standing, nll, self.bits_per_nat) | {"evaluated_at": at}
+            known |= of_line(line) | self.tally.known()
             self.display.show(self.meter.view(step, line, known))
 
     def _is_bad(self, step: int, nll: float, norm: float, metrics: StepMetrics) -> bool:

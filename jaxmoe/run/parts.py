@@ -33,9 +33,11 @@ from jaxmoe.run.forecasting import ForecastHook
 from jaxmoe.run.guard import Guard
 from jaxmoe.run.health import Health
 from jaxmoe.run.meter import CodeLength, Meter
+from jaxmoe.run.mirror import mirrors
 from jaxmoe.run.params import Params, open_params
 from jaxmoe.run.preemption import Preemption
-from jaxmoe.run.progress import Display
+from jaxmoe.run.profile import Profile
+from jaxmoe.run.progress import ALARMS, Display, Tally
 from jaxmoe.run.record import RunRecord
 from jaxmoe.run.state import TrainState, abstract_state, init_state, relaid, state_as_saved
 from jaxmoe.run.statistics import faint_experts, statistics
@@ -49,6 +51,7 @@ __all__ = ["Parts"]
 TOLD = (
     *("init", "resume", "fallback", "register", "overlap", "damaged", "alarm"),
     *("skip", "rollback", "slow", "corruption", "fault", "save-failed", "bad-steps", "expert"),
+    "profile",
 )
 HERE = ("forecast/expected", "forecast/residual")  # nats per token; standard deviations
 
@@ -72,7 +75,9 @@ class Parts:
         `writes` the run directory stays as it is."""
         self.config, self.mesh, self.corpus, self.display = config, mesh, corpus, display
         self.origin = origin
-        self.record = RunRecord(run_dir, writes=writes and jax.process_index() == 0)
+        writes = writes and jax.process_index() == 0
+        self.record = RunRecord(run_dir, writes=writes, mirrors=mirrors(config, run_dir))
+        self.profile = Profile(config.log, run_dir, config.train.steps, writes=writes)
         self.plan = curriculum(config)
         self.stream = feed.open_stream(config, corpus)
         self.sets = open_sets(config, corpus)
@@ -87,6 +92,7 @@ class Parts:
         self._compiled: dict[Shape, Callable[..., tuple[TrainState, StepMetrics]]] = {}
         self.evaluated: tuple[int, float] | None = None
         self.standing: dict[str, Any] = {}
+        self.tally = Tally()
         self._faint = False  # an expert has vanished, and it was told
 
     @property
@@ -97,6 +103,9 @@ class Parts:
     def prepare(self) -> TrainState:
         """The state to go on from: the newest whole checkpoint's, or a fresh one."""
         self.record.begin(self.config)
+        self.tally = Tally()
+        for row in self.record.read(record.EVENTS):
+            self.tally.add(row["what"], row["step"], row["why"])
         if jax.process_index() == 0:
             note = partial(self._event, "register")
             self.forecast = ForecastHook(self.config, self.record.folder, self.sets[0], note)
@@ -211,14 +220,14 @@ class Parts:
         if shape not in self._compiled:
             self._compile(state, batch, step, shape)
         self.health.stepping(step + 1)
-        with self.health.pace.waiting():  # for room in the device's queue
+        with self.health.pace.waiting(), self.profile.step(step + 1):  # waits for room in its queue
             return self._compiled[shape](state, batch)
 
     def _compile(self, state: TrainState, batch: Batch, step: int, shape: Shape) -> None:
         """Ahead of the first step of a shape, so that compiling and running are timed apart."""
         begin = time.perf_counter()
         self.health.starting("compiling the step")
-        with self._paused(), xla.cache_hits() as hits:
+        with self._paused(), self.profile.naming(), xla.cache_hits() as hits:
             lowered = train_step.lower(state, batch, shaped(self.config, shape))
             self._compiled[shape], left_out = xla.compile_with_options(lowered)
         seconds = time.perf_counter() - begin
@@ -335,6 +344,12 @@ class Parts:
             self.settle_saves(step)
             self.faults.damage(step, self.record.folder / record.CHECKPOINTS / str(step))
 
+    def end_trace(self, step: int) -> None:
+        """Of the steps up to this one, all of them done."""
+        with self._paused():
+            folder = self.profile.end()
+        self._event("profile", step, f"a trace is in {folder}/")
+
     def settle_saves(self, step: int) -> None:
         """Waits for what is being saved; an event says if it cannot be."""
         if problem := self.checkpoints.settle():
@@ -354,5 +369,6 @@ class Parts:
 
     def _event(self, what: str, step: int, why: str) -> None:
         self.record.event(what, step=step, why=why)
+        self.tally.add(what, step, why)
         if what in TOLD:
-            self.display.note(f"{what}: {why}")
+            self.display.note(f"{what}: {why}", alarm=what in ALARMS)

@@ -1,13 +1,14 @@
-"""What a person sees while a run goes on: a live view on a terminal, plain lines elsewhere."""
+"""What a person sees while a run goes on: plain lines here, the live view in dashboard.py."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.text import Text
+# Events that somebody should look at.
+ALARMS = (
+    *("alarm", "skip", "rollback", "bad-steps", "expert", "slow", "corruption", "damaged"),
+    *("fallback", "save-failed"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,16 @@ class View:
     registered: tuple[float] | None = None
     expected: tuple[float] | None = None
     residual: float | None = None  # of the last eval, standard deviations of that path
+    evaluated_at: int | None = None  # step of the last eval
+    seconds: float | None = None  # since the start, over all starts
+    step_seconds: float | None = None
+    grad_norm: float | None = None
+    lr: float | None = None
+    loads: tuple[float, ...] = ()  # of the experts of all layers, rising; () where there are many
+    alarms: int = 0  # in all starts
+    last_alarm: str | None = None
+    restarts: int = 0
+    resumed_from: int | None = None  # step of the last one
 
     def words(self) -> list[str]:
         """Each known quantity with its name."""
@@ -76,8 +87,50 @@ def in_bits(standing: Mapping[str, Any], nll: float | None, bits_per_nat: float)
     }
 
 
+def of_line(line: Mapping[str, Any]) -> dict[str, Any]:
+    """What a view shows of a line of metrics.jsonl, beside the words of a plain one."""
+    loads = [load for layer in line.get("moe/load", ()) for load in layer]
+    return {
+        "seconds": line["seconds"],
+        "step_seconds": line["perf/step_seconds"],
+        "grad_norm": line["train/grad_norm"],
+        "lr": line["train/lr"],
+        "loads": tuple(sorted(loads)),
+    }
+
+
+class Tally:
+    """What a view shows of a run's events, those of its earlier starts included. What a start tells
+    again, since it took steps again, counts once."""
+
+    def __init__(self) -> None:
+        self._alarms: dict[tuple[str, int, str], None] = {}
+        self._starts = 0
+        self._resumed_from: int | None = None
+
+    def add(self, what: str, step: int, why: str) -> None:
+        if what in ALARMS:
+            self._alarms.pop((what, step, why), None)
+            self._alarms[what, step, why] = None
+        elif what in ("start", "resume"):
+            self._starts += 1
+            self._resumed_from = step if what == "resume" else self._resumed_from
+
+    def known(self) -> dict[str, Any]:
+        """Fields of a View."""
+        last = next(reversed(self._alarms), None)
+        return {
+            "alarms": len(self._alarms),
+            "last_alarm": f"step {last[1]}, {last[0]}: {last[2]}" if last else None,
+            "restarts": max(0, self._starts - 1),
+            "resumed_from": self._resumed_from,
+        }
+
+
 class Display(Protocol):
-    def note(self, text: str) -> None: ...
+    def note(self, text: str, *, alarm: bool = False) -> None:
+        """A line that stays. `alarm`: somebody should look at it."""
+        ...
 
     def show(self, view: View) -> None: ...
 
@@ -87,7 +140,7 @@ class Display(Protocol):
 class Silent:
     """For all processes but the first."""
 
-    def note(self, text: str) -> None:
+    def note(self, text: str, *, alarm: bool = False) -> None:
         pass
 
     def show(self, view: View) -> None:
@@ -97,10 +150,18 @@ class Silent:
         pass
 
 
+class Quiet(Silent):
+    """Only what somebody should look at."""
+
+    def note(self, text: str, *, alarm: bool = False) -> None:
+        if alarm:
+            print(text, flush=True)
+
+
 class Plain:
     """A line at a time, for logs and pipes."""
 
-    def note(self, text: str) -> None:
+    def note(self, text: str, *, alarm: bool = False) -> None:
         print(text, flush=True)
 
     def show(self, view: View) -> None:
@@ -109,41 +170,6 @@ class Plain:
 
     def close(self) -> None:
         pass
-
-
-class LiveDisplay:
-    """A bar and a line under it, redrawn in place."""
-
-    def __init__(self, console: Console) -> None:
-        self._bar = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=None),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-            console=console,
-        )
-        self._task = self._bar.add_task("train", total=None)
-        self._live = Live(self._bar, console=console, refresh_per_second=4)
-        self._live.start()
-
-    def note(self, text: str) -> None:
-        self._live.console.print(text, markup=False, highlight=False)
-
-    def show(self, view: View) -> None:
-        self._bar.update(self._task, completed=view.step, total=view.steps)
-        self._live.update(Group(self._bar, Text("  ".join(view.words()), style="cyan")))
-
-    def close(self) -> None:
-        self._live.stop()
-
-
-def display(*, writes: bool) -> Display:
-    """The view that fits this process and where its output goes."""
-    if not writes:
-        return Silent()
-    console = Console()
-    return LiveDisplay(console) if console.is_terminal else Plain()
 
 
 def clock(seconds: float) -> str:

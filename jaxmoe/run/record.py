@@ -9,10 +9,11 @@ another mesh) is a new line, and the later line of a step counts.
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from jaxmoe import config as config_lib
 from jaxmoe.config import Config, MeshConfig, replace
@@ -33,6 +34,19 @@ BEFORE_START = {f"{CONFIG}.tmp", FORECASTS, PASS_RATES} | {
 
 
 Tell = Callable[[str, int, str], None]  # of (what, step, why): an event
+Line = Mapping[str, Any]
+
+
+class Mirror(Protocol):
+    """Shows the lines of the record elsewhere (run/mirror.py)."""
+
+    def begin(self, standing: Sequence[tuple[str, Line]]) -> None:
+        """A start of the run: (file, line) of what stands, rising by step."""
+        ...
+
+    def add(self, name: str, line: Line) -> None: ...
+
+    def close(self, exit_code: int) -> None: ...
 
 
 def now() -> str:
@@ -42,7 +56,7 @@ def now() -> str:
 
 def recipe(config: Config) -> Config:
     """What must be equal for a run to go on: all but the mesh, how often state is saved, what is
-    watched over and what is rehearsed."""
+    watched over, how it is watched and what is rehearsed."""
     default = Config()
     return replace(
         config,
@@ -50,6 +64,7 @@ def recipe(config: Config) -> Config:
         mesh=MeshConfig(),
         checkpoint=default.checkpoint,
         health=default.health,
+        log=default.log,
         faults=(),
     )
 
@@ -125,9 +140,10 @@ def read_config(run_dir: Path) -> Config:
 class RunRecord:
     """Writes the files of one run. With `writes=False` (all processes but one) it is silent."""
 
-    def __init__(self, folder: Path, *, writes: bool) -> None:
+    def __init__(self, folder: Path, *, writes: bool, mirrors: Sequence[Mirror] = ()) -> None:
         self.folder = folder
         self._writes = writes
+        self._mirrors = tuple(mirrors) if writes else ()
         self._waiting: dict[str, bytes] = {}  # lines that could not be written, by file
 
     def begin(self, config: Config) -> None:
@@ -153,11 +169,30 @@ class RunRecord:
             file = self.folder / name
             self.write(name, {**(json.loads(file.read_text()) if file.exists() else {}), **tree})
 
-    def append(self, name: str, line: Mapping[str, Any]) -> None:
+    def append(self, name: str, line: Line) -> None:
         """Where there is no room, or no leave to write, lines wait for the next ones: a run does
         not end for its record."""
         if not self._writes:
             return
+        self._write_line(name, line)
+        self._mirror(name, line)
+
+    def _mirror(self, name: str, line: Line) -> None:
+        for mirror in self._mirrors:
+            mirror.add(name, line)
+
+    @contextmanager
+    def mirroring(self) -> Iterator[None]:
+        """What is shown elsewhere ends with this, well or not."""
+        code = 1
+        try:
+            yield
+            code = 0
+        finally:
+            for mirror in self._mirrors:
+                mirror.close(code)
+
+    def _write_line(self, name: str, line: Line) -> None:
         text = self._waiting.pop(name, b"") + json.dumps(line).encode() + b"\n"
         try:
             _append(self.folder / name, text)
@@ -178,25 +213,51 @@ class RunRecord:
         """The lines of a file; a last line torn by a kill is left out."""
         return read_lines(self.folder / name)
 
-    def evaluated(self, line: Mapping[str, Any]) -> None:
-        """Adds a held-out result, unless the same is there already.
-
-        A line stands for its step until one of its set and an earlier or the same step follows it.
-        """
-        standing: list[dict[str, Any]] = []
-        for row in (r for r in self.read(EVALS) if r["set"] == line["set"]):
-            standing = [k for k in standing if k["step"] < row["step"]] + [row]
-        if line not in standing:
+    def evaluated(self, line: Line) -> None:
+        """Adds a held-out result, unless the same is there already."""
+        if line not in standing_evals(self.read(EVALS)):
             self.append(EVALS, line)
+        else:  # what is shown elsewhere was rewound
+            self._mirror(EVALS, line)
 
     def rewind(self, step: int) -> None:
-        """Drops metrics after `step`, and lines torn by a kill."""
+        """Drops metrics after `step`, and lines torn by a kill. What is shown elsewhere begins anew
+        with what stands."""
         if not self._writes:
             return
         for name, last in ((METRICS, step), (LAYERS, step), (EVALS, None), (EVENTS, None)):
             kept = [k for k in self.read(name) if last is None or k["step"] <= last]
             if (self.folder / name).exists():
                 _replace(self.folder / name, "".join(json.dumps(k) + "\n" for k in kept))
+        if self._mirrors:
+            standing = self._standing(step)
+            for mirror in self._mirrors:
+                mirror.begin(standing)
+
+    def _standing(self, step: int) -> list[tuple[str, Line]]:
+        """Of metrics, evals and events: those of the run's own past up to `step`, in its order.
+        Events from before the last start at step 0 are of another past, as are those beyond `step`;
+        at step 0 all come again."""
+        if step == 0:
+            return []
+        events = self.read(EVENTS)
+        begun = max((i for i, one in enumerate(events) if one["what"] == "start"), default=0)
+        parts = (
+            (EVALS, standing_evals(self.read(EVALS))),
+            (METRICS, self.read(METRICS)),
+            (EVENTS, events[begun:]),
+        )
+        lines = [(name, line) for name, own in parts for line in own if line["step"] <= step]
+        return sorted(lines, key=lambda one: one[1]["step"])
+
+
+def standing_evals(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A line stands for its step until one of its set and an earlier or the same step follows."""
+    standing: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        before = standing.get(row["set"], [])
+        standing[row["set"]] = [k for k in before if k["step"] < row["step"]] + [row]
+    return [row for of_set in standing.values() for row in of_set]
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:

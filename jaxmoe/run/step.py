@@ -92,13 +92,16 @@ def train_step(state: TrainState, batch: Batch, config: Config) -> tuple[TrainSt
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
 
     grads, (sums, stats) = gradients(state.params, batch, config, key)
-    updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
-    if batch.fault is not None:
-        updates = faults.in_rate(updates, batch.fault)
-    params: Any = optax.apply_updates(state.params, updates)
-    params = move_balance_bias(params, stats, config.model)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
+        if batch.fault is not None:
+            updates = faults.in_rate(updates, batch.fault)
+        params: Any = optax.apply_updates(state.params, updates)
+    with jax.named_scope("balance_bias"):
+        params = move_balance_bias(params, stats, config.model)
     new = TrainState(step=state.step + 1, params=params, opt_state=opt_state)
-    norm = optax.tree.norm(grads)
+    with jax.named_scope("gradient_norm"):
+        norm = optax.tree.norm(grads)
     bad = None
     if batch.limits is not None:
         values = jnp.stack([sums.nll / sums.weight, norm])

@@ -18,9 +18,10 @@ from jaxmoe.config import CheckpointConfig, Config, EvalConfig, ForecastConfig, 
 from jaxmoe.data.cache import Corpus, prepare
 from jaxmoe.model.lm import lm_loss
 from jaxmoe.run import meter as meter_lib
+from jaxmoe.run.dashboard import display
 from jaxmoe.run.loop import Trainer
 from jaxmoe.run.meter import Meter
-from jaxmoe.run.progress import Plain, Silent, View, display
+from jaxmoe.run.progress import Plain, Silent, View
 from jaxmoe.run.state import TrainState
 from jaxmoe.run.step import StepMetrics
 
@@ -236,7 +237,7 @@ def test_the_view_says_what_is_known_and_nothing_else():
 
 
 def test_only_the_writing_process_shows_anything(capsys: Any):
-    silent, plain = display(writes=False), display(writes=True)
+    silent, plain = display("auto", "small", writes=False), display("auto", "small", writes=True)
     assert isinstance(plain, Plain)  # under pytest stdout is no terminal
     for view in (silent, plain):
         view.note("hello")
