@@ -70,12 +70,9 @@ def age() -> float:
 class Ledger:
     """Of one start: one bucket at a time has the time that passes."""
 
-    def __init__(
-        self, born: float = 0.0, clock: Callable[[], int] | None = None, every: float = EVERY
-    ) -> None:
+    def __init__(self, born: float = 0.0, clock: Callable[[], int] | None = None) -> None:
         """`born`: seconds ago that the start began; `clock`: see `wall_clock`."""
         self._clock = clock or wall_clock()
-        self._every = round(every * 1e6)
         self._at = self._line_at = self._clock() - round(born * 1e6)
         self._bucket = "startup"
         self._spent: Counter[str] = Counter()
@@ -142,7 +139,7 @@ class Ledger:
         took = now - max(when, self._ended)
         self._shortest[shape] = min(took, self._shortest.get(shape, took))
         self._ended = now
-        if now - self._line_at >= self._every:
+        if now - self._line_at >= EVERY * 1e6:
             self.line(step)
 
     def line(self, step: int | None = None, *, back: int | None = None) -> None:
