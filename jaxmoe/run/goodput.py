@@ -190,6 +190,12 @@ class Account:
         known = [(name, self.spent.get(name, 0)) for name in BUCKETS]
         return [(name, BUCKETS[name], v / 1e6, v / whole) for name, v in known if v]
 
+    def summary(self) -> dict[str, Any]:
+        """For scripts; seconds."""
+        buckets = {name: seconds for name, _, seconds, _ in self.shares()}
+        known = {"seconds": self.seconds, "goodput": self.goodput, "buckets": buckets}
+        return {**known, "starts": self.starts, "steps_undone": self.undone}
+
     def sentence(self) -> str:
         """'goodput 81.2 % of 192 s in 2 starts: evaluation 9.0 %, ...'."""
         rest = sorted(self.shares(), key=lambda one: -one[2])
