@@ -9,20 +9,21 @@ from jaxmoe.run.goodput import BUCKETS
 
 __all__ = ["goodput"]
 
-# Shade and pattern of each bucket: neighbours differ in both, so that a grey printer tells them.
+# Ground and pattern of each bucket: no two have one pattern on grounds that print as alike a grey.
 LOOKS = {
     "steps": ("#1b5e9b", ""),
     "undone": ("#ffffff", "x"),
-    "data": ("#c2500a", ""),
-    "evaluation": ("#cfe0f0", ""),
-    "checkpoint": ("#8a929c", "/"),
-    "compile": ("#f3c9a8", "."),
-    "restore": ("#5b636d", ""),
-    "startup": ("#e4e6ea", "\\"),
-    "other": ("#b9bfc8", ""),
-    "down": ("#1f2328", "-"),
+    "data": ("#e8924a", ""),
+    "evaluation": ("#dbe7f3", ""),
+    "checkpoint": ("#cfd4da", "/"),
+    "compile": ("#f6dcc4", "."),
+    "restore": ("#b9bfc8", "|"),
+    "startup": ("#ffffff", "\\"),
+    "other": ("#e4e6ea", "-"),
+    "down": ("#1f2328", ""),
 }
-ROW = 44  # pixels of a bar
+ROW = 56  # pixels of a bar
+TOP = 84  # pixels for two rows of the legend, under the buttons
 
 
 def goodput(runs: Sequence[tuple[str, Run]]) -> Figure:
@@ -39,7 +40,7 @@ def goodput(runs: Sequence[tuple[str, Run]]) -> Figure:
         caption=_caption(runs),
         traces=[_bar(key, names, [spent for _, spent in known]) for key in used],
         layout=layout(
-            132 + 20 * -(-len(used) // 4) + ROW * len(known),
+            TOP + 48 + ROW * len(known),
             x=axis("share of the time, %", range=[0, 100], showgrid=True),
             yaxis={"autorange": "reversed", "automargin": True, "showticklabels": len(known) > 1},
             barmode="stack",
@@ -73,8 +74,9 @@ def _bar(key: str, names: list[str], spent: Sequence) -> Trace:
             "pattern": {
                 "shape": pattern,
                 "size": 6,
-                "solidity": 0.25,
-                "fgcolor": "#fff" if key == "down" else INK if shade == "#ffffff" else SOFT,
+                "solidity": 0.2,
+                "fgcolor": SOFT,
+                "bgcolor": shade,
             },
         },
     }

@@ -1,7 +1,7 @@
 """Where the time of a run goes: every second belongs to one bucket, over all of its starts.
 
-goodput.jsonl gets a line at each start, checkpoint and rollback, at the end, and every EVERY
-seconds of steps. A line accounts for all of the time since the line before it of the same start, in
+goodput.jsonl gets a line at each start, checkpoint and rollback, at the end, and now and then while
+steps go on. A line accounts for all of the time since the line before it of the same start, in
 whole microseconds, so that the sum over a run is the time from its first line to its last, exactly.
 What lies between the last line of a start and the next start is `down`: after a kill it holds the
 seconds that had no line yet.
@@ -25,7 +25,9 @@ from typing import Any, Protocol
 __all__ = ["BUCKETS", "GOODPUT", "Account", "Ledger", "account", "age", "wall_clock"]
 
 GOODPUT = "goodput.jsonl"
-EVERY = 5.0  # seconds of steps between lines: what a kill turns into `down` at most
+# Between lines while steps go on: a share of the start's age, within these seconds. It is what a
+# kill turns into `down`; a week of lines takes 3 MB.
+SHARE, LEAST, MOST = 0.002, 1.0, 30.0
 BUCKETS = {
     "steps": "productive steps",
     "undone": "steps undone",
@@ -73,7 +75,7 @@ class Ledger:
     def __init__(self, born: float = 0.0, clock: Callable[[], int] | None = None) -> None:
         """`born`: seconds ago that the start began; `clock`: see `wall_clock`."""
         self._clock = clock or wall_clock()
-        self._at = self._line_at = self._clock() - round(born * 1e6)
+        self._at = self._line_at = self._born = self._clock() - round(born * 1e6)
         self._bucket = "startup"
         self._spent: Counter[str] = Counter()
         self._record: Record | None = None
@@ -139,7 +141,8 @@ class Ledger:
         took = now - max(when, self._ended)
         self._shortest[shape] = min(took, self._shortest.get(shape, took))
         self._ended = now
-        if now - self._line_at >= EVERY * 1e6:
+        every = min(MOST, max(LEAST, SHARE * (now - self._born) / 1e6))
+        if now - self._line_at >= every * 1e6:
             self.line(step)
 
     def line(self, step: int | None = None, *, back: int | None = None) -> None:

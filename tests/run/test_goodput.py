@@ -191,6 +191,26 @@ def test_waiting_for_data_is_what_lies_beyond_the_step() -> None:
     assert waited(10, idle=False) == 0
 
 
+def test_lines_grow_rarer_and_a_kill_loses_little() -> None:
+    """Of steps of 10 ms: one a second at first, then every 500th of the time, 30 s at most."""
+    clock, record = Clock(), Kept()
+    ledger = Ledger(clock=clock)
+    ledger.open(record)
+    ledger.line(0, back=0)
+    gaps = {}
+    for hours in (0.0, 2.0, 40.0):
+        clock.now = START + round(hours * 3.6e9)
+        ledger.line(0)
+        before = len(record.lines)
+        for step in range(8000):
+            ledger.handed()
+            clock.now += 10_000
+            ledger.ended(step)
+        gaps[hours] = 80 / (len(record.lines) - before)
+    assert gaps[0.0] == 1
+    assert gaps[2.0] == pytest.approx(14.4, rel=0.15) and gaps[40.0] == pytest.approx(30, rel=0.35)
+
+
 def test_a_torn_line_is_cut_off_before_the_next_start(tmp_path: Path) -> None:
     record = RunRecord(tmp_path, writes=True)
     first = Ledger()
@@ -243,7 +263,7 @@ def test_a_real_run_that_was_killed_is_accounted_for(killed: Killed) -> None:
 def test_steps_behind_a_rollback_are_undone(
     text_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(goodput, "EVERY", 0.0)
+    monkeypatch.setattr(goodput, "MOST", 0.0)
     fault, guard = FaultConfig(kind="nan-gradient", step=16), GuardConfig(bad_step="rollback")
     ran = rehearse(tmp_path / "run", text_cache, fault, guard=guard)
     assert ran.error is None
@@ -258,7 +278,7 @@ def test_steps_behind_a_rollback_are_undone(
 def test_steps_beyond_the_checkpoint_of_a_restart_are_undone(
     text_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(goodput, "EVERY", 0.0)
+    monkeypatch.setattr(goodput, "MOST", 0.0)
     crash = FaultConfig(kind="nan-gradient", step=16)
     first = rehearse(tmp_path / "run", text_cache, crash)
     assert isinstance(first.error, FloatingPointError)
