@@ -31,6 +31,7 @@ from jaxmoe.model.lm import lm_specs
 from jaxmoe.optim import rates
 from jaxmoe.run import mirror, platform, record, xla
 from jaxmoe.run.dashboard import display
+from jaxmoe.run.goodput import GOODPUT, Ledger, account, age
 from jaxmoe.run.health import Corrupted
 from jaxmoe.run.loop import Alarmed, Outcome, Trainer
 from jaxmoe.run.params import open_params
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(config: Config, run_dir: Path, resume: str) -> int:
     """Builds everything, trains, and leaves the record; nothing is written before it is checked."""
-    began = time.perf_counter()
+    began, ledger = time.perf_counter(), Ledger(age())
     check(config)
     mirror.check(config.log)
     record.check_directory(run_dir, config, resume)
@@ -106,13 +107,14 @@ def run(config: Config, run_dir: Path, resume: str) -> int:
     view = display(config.log.terminal, config.name, writes=writes)
     try:
         with jax.set_mesh(mesh):
-            trainer = Trainer(config, mesh, corpus, run_dir, view, peak, origin)
+            trainer = Trainer(config, mesh, corpus, run_dir, view, peak, origin, ledger=ledger)
             with trainer.health.watching():
                 state = trainer.prepare()
                 _describe(config, trainer, peak, view)
                 outcome = trainer.run(state)
     finally:
         view.close()
+        ledger.line()
     if writes:
         _summary(outcome, trainer.sets[0].held_out, run_dir, time.perf_counter() - began)
     return 0
@@ -256,6 +258,8 @@ def _summary(outcome: Outcome, held_out: HeldOut, run_dir: Path, seconds: float)
         f"done in {clock(seconds)}: held-out {outcome.bits_per_byte:.4f} bits per byte"
         f" ({outcome.nll:.4f} nats per token; xz -9 of the same bytes: {xz:.4f})"
     )
+    if (spent := account(record.read_lines(run_dir / GOODPUT))) is not None:
+        print(spent.sentence())
     _print_scores(run_dir / record.FORECASTS, outcome.bits_per_byte / outcome.nll)
     try:
         from jaxmoe.report.page import write  # plotly: not everywhere that trains can draw

@@ -213,6 +213,14 @@ class RunRecord:
         """The lines of a file; a last line torn by a kill is left out."""
         return read_lines(self.folder / name)
 
+    def mended(self, name: str) -> list[dict[str, Any]]:
+        """The lines of a file to which lines will be added: one torn by a kill is cut off."""
+        file = self.folder / name
+        if self._writes and file.exists():
+            text = file.read_bytes()
+            os.truncate(file, text.rfind(b"\n") + 1)
+        return self.read(name)
+
     def evaluated(self, line: Line) -> None:
         """Adds a held-out result, unless the same is there already."""
         if line not in standing_evals(self.read(EVALS)):
