@@ -29,7 +29,7 @@ from jaxmoe.forecast.score import score
 from jaxmoe.model.cost import cost
 from jaxmoe.model.lm import lm_specs
 from jaxmoe.optim import rates
-from jaxmoe.run import mirror, platform, record, xla
+from jaxmoe.run import platform, record, viewers, xla
 from jaxmoe.run.dashboard import display
 from jaxmoe.run.goodput import GOODPUT, Ledger, account, age
 from jaxmoe.run.health import Corrupted
@@ -82,7 +82,7 @@ def run(config: Config, run_dir: Path, resume: str) -> int:
     """Builds everything, trains, and leaves the record; nothing is written before it is checked."""
     began, ledger = time.perf_counter(), Ledger(age())
     check(config)
-    mirror.check(config.log)
+    viewers.check(config.log)
     record.check_directory(run_dir, config, resume)
     platform.start(config)
     xla.keep_compiled(cache_root(config.data))

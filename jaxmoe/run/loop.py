@@ -63,7 +63,7 @@ class Trainer(Parts):
     """A run on a mesh, from its start or the newest checkpoint to its end."""
 
     def run(self, state: TrainState) -> Outcome:
-        with self.preemption.listening(), self.record.mirroring(), self.profile.ending():
+        with self.preemption.listening(), self.record.viewing(), self.profile.ending():
             saved: int | None = int(state.step)  # or there is nothing to save
             while True:
                 try:

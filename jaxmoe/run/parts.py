@@ -34,7 +34,7 @@ from jaxmoe.run.goodput import Ledger
 from jaxmoe.run.guard import Guard
 from jaxmoe.run.health import Health
 from jaxmoe.run.meter import CodeLength, Meter
-from jaxmoe.run.mirror import mirrors
+from jaxmoe.run.viewers import viewers
 from jaxmoe.run.params import Params, open_params
 from jaxmoe.run.preemption import Preemption
 from jaxmoe.run.profile import Profile
@@ -79,7 +79,7 @@ class Parts:
         self.config, self.mesh, self.corpus, self.display = config, mesh, corpus, display
         self.origin = origin
         writes = writes and jax.process_index() == 0
-        self.record = RunRecord(run_dir, writes=writes, mirrors=mirrors(config, run_dir))
+        self.record = RunRecord(run_dir, writes=writes, viewers=viewers(config, run_dir))
         self.profile = Profile(config.log, run_dir, config.train.steps, writes=writes)
         self.ledger = ledger or Ledger()
         self.plan = curriculum(config)

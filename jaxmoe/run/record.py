@@ -37,8 +37,8 @@ Tell = Callable[[str, int, str], None]  # of (what, step, why): an event
 Line = Mapping[str, Any]
 
 
-class Mirror(Protocol):
-    """Shows the lines of the record elsewhere (run/mirror.py)."""
+class Viewer(Protocol):
+    """Shows the lines of the record elsewhere (run/viewers.py)."""
 
     def begin(self, standing: Sequence[tuple[str, Line]]) -> None:
         """A start of the run: (file, line) of what stands, rising by step."""
@@ -140,10 +140,10 @@ def read_config(run_dir: Path) -> Config:
 class RunRecord:
     """Writes the files of one run. With `writes=False` (all processes but one) it is silent."""
 
-    def __init__(self, folder: Path, *, writes: bool, mirrors: Sequence[Mirror] = ()) -> None:
+    def __init__(self, folder: Path, *, writes: bool, viewers: Sequence[Viewer] = ()) -> None:
         self.folder = folder
         self._writes = writes
-        self._mirrors = tuple(mirrors) if writes else ()
+        self._viewers = tuple(viewers) if writes else ()
         self._waiting: dict[str, bytes] = {}  # lines that could not be written, by file
 
     def begin(self, config: Config) -> None:
@@ -175,22 +175,22 @@ class RunRecord:
         if not self._writes:
             return
         self._write_line(name, line)
-        self._mirror(name, line)
+        self._show(name, line)
 
-    def _mirror(self, name: str, line: Line) -> None:
-        for mirror in self._mirrors:
-            mirror.add(name, line)
+    def _show(self, name: str, line: Line) -> None:
+        for viewer in self._viewers:
+            viewer.add(name, line)
 
     @contextmanager
-    def mirroring(self) -> Iterator[None]:
+    def viewing(self) -> Iterator[None]:
         """What is shown elsewhere ends with this, well or not."""
         code = 1
         try:
             yield
             code = 0
         finally:
-            for mirror in self._mirrors:
-                mirror.close(code)
+            for viewer in self._viewers:
+                viewer.close(code)
 
     def _write_line(self, name: str, line: Line) -> None:
         text = self._waiting.pop(name, b"") + json.dumps(line).encode() + b"\n"
@@ -226,7 +226,7 @@ class RunRecord:
         if line not in standing_evals(self.read(EVALS)):
             self.append(EVALS, line)
         else:  # what is shown elsewhere was rewound
-            self._mirror(EVALS, line)
+            self._show(EVALS, line)
 
     def rewind(self, step: int) -> None:
         """Drops metrics after `step`, and lines torn by a kill. What is shown elsewhere begins anew
@@ -237,10 +237,10 @@ class RunRecord:
             kept = [k for k in self.read(name) if last is None or k["step"] <= last]
             if (self.folder / name).exists():
                 _replace(self.folder / name, "".join(json.dumps(k) + "\n" for k in kept))
-        if self._mirrors:
+        if self._viewers:
             standing = self._standing(step)
-            for mirror in self._mirrors:
-                mirror.begin(standing)
+            for viewer in self._viewers:
+                viewer.begin(standing)
 
     def _standing(self, step: int) -> list[tuple[str, Line]]:
         """Of metrics, evals and events: those of the run's own past up to `step`, in its order.

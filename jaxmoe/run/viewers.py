@@ -19,7 +19,7 @@ from jaxmoe import config as config_lib
 from jaxmoe.config import Config
 from jaxmoe.config_run import LogConfig
 from jaxmoe.errors import UserError
-from jaxmoe.run.record import EVALS, EVENTS, METRICS, Line, Mirror
+from jaxmoe.run.record import EVALS, EVENTS, METRICS, Line, Viewer
 
 TENSORBOARD, WANDB = "tensorboard", "wandb"  # folders of the run directory, and extras
 SHOWN = (METRICS, EVALS, EVENTS)
@@ -41,9 +41,9 @@ def check(log: LogConfig) -> None:
             )
 
 
-def mirrors(config: Config, folder: Path) -> list[Mirror]:
+def viewers(config: Config, folder: Path) -> list[Viewer]:
     """Those that the config asks for, of the run in `folder`."""
-    made: list[Mirror] = []
+    made: list[Viewer] = []
     if config.log.tensorboard:
         made.append(TensorBoard(folder / TENSORBOARD))
     if config.log.wandb is not None:
