@@ -55,7 +55,7 @@ class Trainer(Parts):
     """A run on a mesh, from its start or the newest checkpoint to its end."""
 
     def run(self, state: TrainState) -> Outcome:
-        with self.preemption.listening():
+        with self.preemption.listening(), self.mirror:
             saved: int | None = int(state.step)  # or there is nothing to save
             while True:
                 try:
@@ -134,6 +134,7 @@ class Trainer(Parts):
         restored = self._restored(wanted)
         begun, state = (0, self._fresh()) if restored is None else (restored.step, restored.state)
         self.checkpoints.forget(begun)
+        self.mirror.forget(begun)
         self.tokens = self.plan.tokens(step)
         self.guard.rolled_back(begun, step, restored.meta.get("guard") if restored else None)
         self._event("rollback", step, f"{why}; updates {begun + 1} to {step} are left out")
@@ -150,6 +151,8 @@ class Trainer(Parts):
         if problem := self.checkpoints.close():
             raise UserError(f"{problem}; mend that, and run the same command again")
         self.record.check()
+        self.mirror.end_in_order()
+        self.health.leaving()
 
     def _draw(self, step: int) -> Batch:
         """The next batch; damage that it came upon is an event, whether it stops the run or not."""

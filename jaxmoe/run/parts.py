@@ -33,6 +33,7 @@ from jaxmoe.run.forecasting import ForecastHook
 from jaxmoe.run.guard import Guard
 from jaxmoe.run.health import Health
 from jaxmoe.run.meter import CodeLength, Meter
+from jaxmoe.run.mirror import Mirror
 from jaxmoe.run.params import Params, open_params
 from jaxmoe.run.preemption import Preemption
 from jaxmoe.run.progress import Display
@@ -49,6 +50,7 @@ __all__ = ["Parts"]
 TOLD = (
     *("init", "resume", "fallback", "register", "overlap", "damaged", "alarm"),
     *("skip", "rollback", "slow", "corruption", "fault", "save-failed", "bad-steps", "expert"),
+    "mirror-failed",
 )
 HERE = ("forecast/expected", "forecast/residual")  # nats per token; standard deviations
 
@@ -81,6 +83,7 @@ class Parts:
         self.preemption = Preemption(mesh)
         self.guard = Guard(config.guard, mesh)
         self.health = Health(config.health, mesh, run_dir, self._event)
+        self.mirror = Mirror(config, run_dir, self._event, writes=writes)
         self.faults: Faults | None = None
         self.tokens = 0  # drawn: the data position, and what batch, length and mix follow
         self.code = CodeLength()
