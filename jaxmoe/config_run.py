@@ -58,6 +58,10 @@ class CheckpointConfig(Strict):
     # besides, every so many steps; for runs of one process. What is lost there is only newer.
     near: str | None = field(default=None, metadata=LATER)
     near_every: Positive = field(default=50, metadata=LATER)
+    # A folder elsewhere (gs://, s3://, file:// or what else tensorstore writes to, run/mirror.py),
+    # of this run alone, to which checkpoints and the record are copied behind the training, and
+    # from which a run whose directory is lost goes on.
+    mirror: str | None = field(default=None, metadata=LATER)
     # Parameters a fresh run starts from: what jaxmoe.convert wrote, or a run's folder.
     init_from: str | None = None
 

@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from jaxmoe.model.cost import cost
 from jaxmoe.model.lm import lm_specs
 from jaxmoe.optim import rates
 from jaxmoe.run import platform, record, viewers, xla
+from jaxmoe.run.bring import bring
 from jaxmoe.run.dashboard import display
 from jaxmoe.run.goodput import GOODPUT, Ledger, account, age
 from jaxmoe.run.health import Corrupted
@@ -85,6 +87,7 @@ def run(config: Config, run_dir: Path, resume: str) -> int:
     viewers.check(config.log)
     record.check_directory(run_dir, config, resume)
     platform.start(config)
+    bring(config, run_dir, resume, partial(print, "mirror:", flush=True))
     xla.keep_compiled(cache_root(config.data))
     mesh = mesh_lib.build(config.mesh)
     mesh_lib.shardings(param_specs(config), mesh)

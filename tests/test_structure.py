@@ -30,6 +30,7 @@ FLOORS = {
             "jax_versions",
             "tree",
             "spec",
+            "stores",
             "transfer",
             "errors",
             "exits",

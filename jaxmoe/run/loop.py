@@ -63,7 +63,12 @@ class Trainer(Parts):
     """A run on a mesh, from its start or the newest checkpoint to its end."""
 
     def run(self, state: TrainState) -> Outcome:
-        with self.preemption.listening(), self.record.viewing(), self.profile.ending():
+        with (
+            self.preemption.listening(),
+            self.record.viewing(),
+            self.profile.ending(),
+            self.mirror,
+        ):
             saved: int | None = int(state.step)  # or there is nothing to save
             while True:
                 try:
@@ -151,6 +156,7 @@ class Trainer(Parts):
         restored = self._restored(wanted)
         begun, state = (0, self._fresh()) if restored is None else (restored.step, restored.state)
         self.checkpoints.forget(begun)
+        self.mirror.forget(begun)
         self.tokens = self.plan.tokens(step)
         self.guard.rolled_back(begun, step, restored.meta.get("guard") if restored else None)
         self._event("rollback", step, f"{why}; updates {begun + 1} to {step} are left out")
@@ -171,6 +177,8 @@ class Trainer(Parts):
         if problem:
             raise UserError(f"{problem}; mend that, and run the same command again")
         self.record.check()
+        self.mirror.end_in_order()
+        self.health.leaving()
 
     def _draw(self, step: int) -> Batch:
         """The next batch; damage that it came upon is an event, whether it stops the run or not."""

@@ -34,7 +34,7 @@ from jaxmoe.run.goodput import Ledger
 from jaxmoe.run.guard import Guard
 from jaxmoe.run.health import Health
 from jaxmoe.run.meter import CodeLength, Meter
-from jaxmoe.run.viewers import viewers
+from jaxmoe.run.mirror import Mirror
 from jaxmoe.run.params import Params, open_params
 from jaxmoe.run.preemption import Preemption
 from jaxmoe.run.profile import Profile
@@ -44,6 +44,7 @@ from jaxmoe.run.state import TrainState, abstract_state, init_state, relaid, sta
 from jaxmoe.run.statistics import faint_experts, statistics
 from jaxmoe.run.step import Batch, StepMetrics, add, eval_step, train_step
 from jaxmoe.run.tiers import Tiers, near_folder
+from jaxmoe.run.viewers import viewers
 from jaxmoe.run.watching import BAND_KINDS, Watching, curves_of
 
 __all__ = ["Parts"]
@@ -52,7 +53,7 @@ __all__ = ["Parts"]
 TOLD = (
     *("init", "resume", "fallback", "register", "overlap", "damaged", "alarm"),
     *("skip", "rollback", "slow", "corruption", "fault", "save-failed", "bad-steps", "expert"),
-    "profile",
+    *("profile", "mirror-failed"),
 )
 HERE = ("forecast/expected", "forecast/residual")  # nats per token; standard deviations
 
@@ -90,6 +91,7 @@ class Parts:
         self.preemption = Preemption(mesh)
         self.guard = Guard(config.guard, mesh)
         self.health = Health(config.health, mesh, run_dir, self._event)
+        self.mirror = Mirror(config, run_dir, self._event, writes=writes)
         self.faults: Faults | None = None
         self.tokens = 0  # drawn: the data position, and what batch, length and mix follow
         self.code = CodeLength()

@@ -9,6 +9,7 @@ another mesh) is a new line, and the later line of a step counts.
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -28,7 +29,8 @@ LAYERS = "layers.jsonl"
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer.json"
 REGISTERS = [Path(FORECASTS), Path(PASS_RATES)]
-BEFORE_START = {f"{CONFIG}.tmp", FORECASTS, PASS_RATES} | {
+FETCHING = "fetching"  # what comes from checkpoint.mirror, until it is whole
+BEFORE_START = {f"{CONFIG}.tmp", FETCHING, FORECASTS, PASS_RATES} | {
     f.with_suffix(suffix).name for f in REGISTERS for suffix in (".head.json", ".head.tmp")
 }
 
@@ -83,7 +85,7 @@ def check_directory(run_dir: Path, config: Config, resume: str) -> None:
     """
     file = run_dir / CONFIG
     if not file.exists():
-        if resume == "must":
+        if resume == "must" and config.checkpoint.mirror is None:  # else run/bring.py asks there
             raise UserError(f"--resume must: {run_dir} holds no run")
         # Before config.json is there, nothing of ours is but what a kill left of writing it, and
         # a forecast from before the start: whatever else is there is somebody else's.
@@ -145,6 +147,7 @@ class RunRecord:
         self._writes = writes
         self._viewers = tuple(viewers) if writes else ()
         self._waiting: dict[str, bytes] = {}  # lines that could not be written, by file
+        self._lock = threading.Lock()  # the watchdog and the mirror tell of events too
 
     def begin(self, config: Config) -> None:
         """Creates the directory, config.json first: its presence means that this is a run."""
@@ -174,8 +177,9 @@ class RunRecord:
         not end for its record."""
         if not self._writes:
             return
-        self._write_line(name, line)
-        self._show(name, line)
+        with self._lock:
+            self._append(name, json.dumps(line).encode() + b"\n")
+            self._show(name, line)
 
     def _show(self, name: str, line: Line) -> None:
         for viewer in self._viewers:
@@ -192,8 +196,8 @@ class RunRecord:
             for viewer in self._viewers:
                 viewer.close(code)
 
-    def _write_line(self, name: str, line: Line) -> None:
-        text = self._waiting.pop(name, b"") + json.dumps(line).encode() + b"\n"
+    def _append(self, name: str, line: bytes) -> None:
+        text = self._waiting.pop(name, b"") + line
         try:
             _append(self.folder / name, text)
         except OSError as error:
