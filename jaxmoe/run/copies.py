@@ -28,9 +28,13 @@ __all__ = ["Broken", "Copies", "Stopped", "Unreachable"]
 
 PART = 64 << 20  # bytes of a request
 FLIGHT = 4  # requests at once: of the host's memory so many parts, and what tensorstore holds
+SMALL_FLIGHT = 32  # of those that carry nothing
 TRIES = 6
 FIRST_WAIT, LONGEST_WAIT, JITTER = 1.0, 60.0, 0.5  # seconds; doubled after each try
 PATIENCE = 600.0  # seconds for one request: 0.1 MB/s
+
+# tensorstore's words for what another try does not mend; it raises ValueError of nearly anything.
+LASTING = ("NOT_FOUND", "PERMISSION_DENIED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
 
 RUN = "run.json"
 
@@ -52,7 +56,8 @@ class Stopped(Exception):
 
 class Copies:
     """Those at one place. A request that fails is made again, TRIES times in all, with growing
-    waits; then it raises `Unreachable`, or `Stopped` where `stopped` is set meanwhile."""
+    waits, unless that is of no use; then it raises `Unreachable`, or `Stopped` where `stopped` is
+    set meanwhile."""
 
     def __init__(self, place: str, stopped: threading.Event | None = None) -> None:
         """Raises UserError: no store can have such a place."""
@@ -63,6 +68,7 @@ class Copies:
             stop=tenacity.stop_after_attempt(TRIES) | tenacity.stop_when_event_set(self._stopped),
             wait=tenacity.wait_exponential(multiplier=FIRST_WAIT, max=LONGEST_WAIT)
             + tenacity.wait_random(0, JITTER),
+            retry=tenacity.retry_if_exception(_may_pass),
             sleep=tenacity.sleep_using_event(self._stopped),
             reraise=True,
         )
@@ -116,8 +122,10 @@ class Copies:
         return sorted(there - broken - {*self.steps()})
 
     def delete(self, folder: str) -> None:
-        what = partial(self._store.delete_range, stores.key_range(folder))
-        self._ask(folder, what)
+        keys = (f"{folder}{name}" for name in self._names(folder))
+        requests = ((key, partial(self._store.write, key, None)) for key in keys)
+        for _ in self._under_way(requests, SMALL_FLIGHT):
+            pass
 
     # Files
 
@@ -173,8 +181,8 @@ class Copies:
 
     # Requests
 
-    def _under_way(self, requests: Iterable[Request]) -> Iterator[Any]:
-        """Their results in order; FLIGHT of them are begun at a time."""
+    def _under_way(self, requests: Iterable[Request], flight: int = FLIGHT) -> Iterator[Any]:
+        """Their results in order; `flight` of them are begun at a time."""
         begun: deque[tuple[str, Callable[[], Any], Any]] = deque()
         for what, ask in requests:
             if self._stopped.is_set():
@@ -184,7 +192,7 @@ class Copies:
             except Exception:  # whatever it is, it comes again when the result is asked for
                 future = None
             begun.append((what, ask, future))
-            if len(begun) == FLIGHT:
+            if len(begun) == flight:
                 yield self._ask(*begun.popleft())
         while begun:
             yield self._ask(*begun.popleft())
@@ -210,8 +218,11 @@ class Copies:
 
     def _names(self, folder: str) -> list[str]:
         """Below a folder."""
-        listed = partial(self._store.list, stores.key_range(folder), len(folder))
-        return [name.decode() for name in self._ask(folder, listed)]
+        listed = partial(self._store.list, stores.key_range(folder))
+        names = [name.decode() for name in self._ask(folder, listed)]
+        # A server that lists more than it was asked for (an emulator of GCS does) must not have
+        # more deleted, nor end the process, as tensorstore's own cutting of prefixes then does.
+        return [name.removeprefix(folder) for name in names if name.startswith(folder)]
 
     def _json(self, key: str) -> dict[str, Any] | None:
         found = self._ask(key, partial(self._store.read, key))
@@ -224,6 +235,11 @@ class Copies:
         if not isinstance(value, dict):
             raise Broken(f"{key} is not a JSON object")
         return value
+
+
+def _may_pass(error: BaseException) -> bool:
+    lasts = isinstance(error, NotImplementedError) or str(error).startswith(LASTING)
+    return isinstance(error, Exception) and not lasts
 
 
 def _key(folder: str, name: str, n: int, count: int) -> str:

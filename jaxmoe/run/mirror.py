@@ -22,7 +22,7 @@ import jax
 
 from jaxmoe import config as config_lib
 from jaxmoe.config import Config
-from jaxmoe.run import record, seal
+from jaxmoe.run import faults, record, seal
 from jaxmoe.run.batches import milestones
 from jaxmoe.run.checkpoint import LOSS
 from jaxmoe.run.copies import Copies, Stopped, Unreachable
@@ -43,7 +43,7 @@ LEAVE = 5.0  # seconds that a run which breaks off waits for a request that is u
 _ANCHORS = [str(file.with_suffix(".head.json")) for file in record.REGISTERS]
 RECORD = (
     *(*_ANCHORS, *map(str, record.REGISTERS), record.EVALS, record.METRICS, record.LAYERS),
-    *("faults.jsonl", GOODPUT, record.EVENTS),
+    *(faults.FILE, GOODPUT, record.EVENTS),
     *(record.ENVIRONMENT, record.SCHEDULE, record.TOKENIZER),
 )
 

@@ -121,7 +121,9 @@ def copied(
     return told
 
 
-def brought(folder: Path, text_cache: Path, tmp_path: Path, resume: str = "auto", **parts: Any):
+def brought(
+    folder: Path, text_cache: Path, tmp_path: Path, resume: str = "auto", **parts: Any
+) -> None:
     own = {"checkpoint": to(tmp_path), **parts}
     bring(configured(text_cache, **own), folder, resume, lambda line: None)
 
@@ -526,6 +528,36 @@ def test_a_place_can_be_a_specification(tmp_path: Path) -> None:
     copies.Copies(spec).probe()
     copies.Copies(spec).take({"run": "x"})
     assert (tmp_path / "a" / "run.json").exists()
+
+
+def test_what_no_try_can_mend_is_told_at_once(tmp_path: Path, monkeypatch: Any) -> None:
+    tries: list[str] = []
+
+    def tell(what: str, key: str, value: Any) -> None:
+        tries.append(what)
+        raise ValueError("PERMISSION_DENIED: not your bucket [source locations=...]")
+
+    wrap(monkeypatch, tell)
+    with pytest.raises(copies.Unreachable, match="^probe: PERMISSION_DENIED: not your bucket$"):
+        copies.Copies((tmp_path / "a").as_uri()).probe()
+    assert tries == ["write"]
+
+
+def test_only_what_is_of_a_step_is_deleted(tmp_path: Path, monkeypatch: Any) -> None:
+    """Whatever a server lists: emulators of gs:// leave the range out of account."""
+    place = copies.Copies((tmp_path / "a").as_uri())
+    file = tmp_path / "file"
+    file.write_text("text")
+    for step in (1, 12, 2):
+        place.put(f"checkpoints/{step}/files/", {"file": file})
+    keys = place._store.list().result()
+    listed = type("Listed", (), {"result": lambda self, timeout: keys})
+    store = Wrapped(place._store, lambda *_: None)
+    monkeypatch.setattr(store, "list", lambda _: listed(), raising=False)
+    monkeypatch.setattr(place, "_store", store)
+    place.clear(1)
+    left = sorted(f.parts[-3] for f in (tmp_path / "a").rglob("file"))
+    assert left == ["12", "2"]
 
 
 def test_a_killed_run_goes_on_in_an_empty_directory(
