@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mirrored import Board, board, wandb_rows
+from viewed import Board, board, wandb_rows
 from processes import finish, kill_group, lines, logged, metrics, started, train, wait_until
 from small import small
 
 from jaxmoe.config import replace
 from jaxmoe.config_run import LogConfig
 from jaxmoe.errors import UserError
-from jaxmoe.run import mirror
-from jaxmoe.run.mirror import TensorBoard, points
+from jaxmoe.run import viewers
+from jaxmoe.run.viewers import TensorBoard, points
 from jaxmoe.run.record import RunRecord, check_directory
 
 BOTH = ("--set", "log.tensorboard=true", "--set", "log.wandb=tests", "--set", "log.terminal=quiet")
@@ -142,7 +142,7 @@ def test_a_quiet_run_says_its_end_alone(shown: Shown) -> None:
 def kept(tmp_path: Path) -> Iterator[RunRecord]:
     """With a board, at step 0."""
     made = RunRecord(
-        tmp_path / "run", writes=True, mirrors=[TensorBoard(tmp_path / "run" / "board")]
+        tmp_path / "run", writes=True, viewers=[TensorBoard(tmp_path / "run" / "board")]
     )
     made.begin(small())
     made.rewind(0)
@@ -245,11 +245,11 @@ def test_points_of_a_line() -> None:
 def test_a_tool_that_is_not_installed_is_named_with_its_extra(
     log: LogConfig, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mirror.check(log)
+    viewers.check(log)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    mirror.check(LogConfig())
+    viewers.check(LogConfig())
     with pytest.raises(UserError, match=words):
-        mirror.check(log)
+        viewers.check(log)
 
 
 def test_a_run_may_go_on_watched_by_other_tools(kept: RunRecord) -> None:
