@@ -4,9 +4,10 @@
     python benchmarks/saving.py --every 10 --saves 5 --set model.n_experts=128 --json
 
 The stall is the time that the loop spends in a save (the copy, and what is left of the one before),
-of a step's time and of the default interval's. Memory is the peak of the process over that of the
-same run before its first save, over the bytes of the state. Steps go on while files are written, so
-they are slower then, on a machine whose cores they share: that is told as well.
+of a step's time and of the default interval's. Memory is the peak of the process from the first
+save to the last but one (an evaluation compiles before the last) over its peak in the steps before,
+which compile nothing, over the bytes of the state. Steps go on while files are written, so they are
+slower then, on a machine whose cores they share: that is told as well.
 """
 
 import argparse
@@ -40,19 +41,21 @@ TICK = 0.005  # seconds between looks at the memory
 class Timed(Trainer):
     """A run that notes when steps are taken, and how long saves take."""
 
-    def __init__(self, *args: Any) -> None:
+    def __init__(self, *args: Any, peak: "Peak") -> None:
         super().__init__(*args)
         self.begun: list[float] = []
         self.stalls: list[float] = []
-        self.before_saves = 0
+        self.peak, self.peaks = peak, list[int]()  # bytes as each save begins
 
     def take(self, state: TrainState, batch: Any) -> Any:
+        if len(self.begun) == 1:
+            self.peak.bytes = 0  # the first step has compiled
         self.begun.append(time.perf_counter())
         return super().take(state, batch)
 
     def save(self, step: int, state: TrainState, *, near: bool = False) -> None:
         jax.block_until_ready(state)  # that the step ends is no stall
-        self.before_saves = self.before_saves or resident()
+        self.peaks.append(self.peak.bytes)
         begin = time.perf_counter()
         super().save(step, state, near=near)
         self.stalls.append(time.perf_counter() - begin)
@@ -99,10 +102,10 @@ def measure(every: int, saves: int, sets: Sequence[str] = ()) -> dict[str, float
     mesh = mesh_lib.build(config.mesh)
     corpus = open_corpus(config, lambda *_: None)
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
-        run = Timed(config, mesh, corpus, Path(folder) / "run", Silent(), math.inf)
-        state = run.prepare()
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         with Peak() as peak:
+            run = Timed(config, mesh, corpus, Path(folder) / "run", Silent(), math.inf, peak=peak)
+            state = run.prepare()
+            size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
             run.run(state)
     gaps = [b - a for a, b in zip(run.begun, run.begun[1:], strict=False)]
     at = {n for n in range(1, len(gaps) + 1) if n % every == 0}  # a save lies in these gaps
@@ -115,7 +118,7 @@ def measure(every: int, saves: int, sets: Sequence[str] = ()) -> dict[str, float
         "stall_seconds": stall,
         "stall_of_default_interval": stall / (DEFAULT_EVERY * step),
         "slowest_step_while_written": max(plain) / step,
-        "memory_over_state": (peak.bytes - run.before_saves) / size,
+        "memory_over_state": (run.peaks[-2] - run.peaks[0]) / size,
     }
 
 

@@ -2,7 +2,7 @@
 
 import itertools
 
-from jaxmoe import attention_paths
+from jaxmoe import attention_paths, stores
 from jaxmoe.config import Config, ModelConfig, RopeConfig
 from jaxmoe.curriculum import Shape, curriculum
 from jaxmoe.errors import UserError
@@ -40,8 +40,19 @@ def check(config: Config) -> None:
     _divides("eval.every", config.eval.every, "forecast.first", config.forecast.first)
     if config.checkpoint.keep_best:  # or else some would have no loss to be compared by
         _divides("eval.every", config.eval.every, "checkpoint.every", config.checkpoint.every)
+    if (mirror := config.checkpoint.mirror) is not None:
+        _check_mirror(mirror)
     if config.data.tokenizer == "bytes":
         _require(m.vocab_size >= 257, f"model.vocab_size={m.vocab_size}: bytes need at least 257")
+
+
+def _check_mirror(place: str) -> None:
+    try:
+        stores.opened(place)
+    except UserError as error:
+        raise UserError(
+            f"checkpoint.mirror={error}; give a folder as gs://, s3:// or file:///PATH"
+        ) from None
 
 
 def _check_shape(config: Config, shape: Shape) -> None:

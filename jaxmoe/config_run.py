@@ -58,6 +58,10 @@ class CheckpointConfig(Strict):
     # besides, every so many steps; for runs of one process. What is lost there is only newer.
     near: str | None = field(default=None, metadata=LATER)
     near_every: Positive = field(default=50, metadata=LATER)
+    # A folder elsewhere (gs://, s3://, file:// or what else tensorstore writes to, run/mirror.py),
+    # of this run alone, to which checkpoints and the record are copied behind the training, and
+    # from which a run whose directory is lost goes on.
+    mirror: str | None = field(default=None, metadata=LATER)
     # Parameters a fresh run starts from: what jaxmoe.convert wrote, or a run's folder.
     init_from: str | None = None
 
@@ -102,7 +106,7 @@ class HealthConfig(Strict):
     step_deadline: NonNegative = 1200.0  # of a step, or a batch of an evaluation
     save_deadline: NonNegative = 3600.0  # of what a save waits for
     # Whole seconds without a sign of life of a process, after which the others end. A connection
-    # that is lost ends them at once; this is for where they wait for one that is still to be made.
+    # that breaks ends them at once; this is for a frozen machine, and one not yet connected to.
     peer_deadline: Positive = 10
     # A process that takes so many times as long for its own part of a step as the middle one, and
     # by that a tenth of the step, is told as slow.
@@ -136,6 +140,7 @@ FAULTS = Literal[
     "truncate-checkpoint",
     "flip-checkpoint",
     "disk-full",
+    "damage-shard",
 ]
 
 
@@ -146,11 +151,11 @@ class FaultConfig(Strict):
 
     kind: FAULTS
     step: Positive
-    rank: Natural = 0  # process, of kill, hang and slow
+    rank: Natural = 0  # process, of kill, hang, slow and disk-full
     device: Natural = 0  # of the mesh, by number; of what strikes a parameter or gradient
     array: str = ""  # part of a parameter's name; "": the first
     bit: Annotated[int, Field(ge=0, lt=32)] = 30  # of a float32: 31 is the sign, 23 to 30 exponent
-    index: Natural = 0  # of the element, in the part that the device holds
+    index: Natural = 0  # of the element, in the part that the device holds; of the shard of data
     expert: Natural = 0  # of zero-expert, in all layers
     factor: float = 10.0  # of rate-slip
     seconds: NonNegative = 1.0  # of slow, each step

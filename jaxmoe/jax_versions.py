@@ -34,3 +34,31 @@ def keep_free_axes() -> None:
 
     sharding.keeps_free_axes = True  # type: ignore[attr-defined]
     module._shardy_shard_map_sharding = sharding
+
+
+def coordination_client() -> Any:
+    """The key-value store that all processes of a run see; JAX has no public name for it.
+
+    Raises:
+        RuntimeError: this is a run of one process.
+    """
+    from jax._src import distributed
+
+    if distributed.global_state.client is None:
+        raise RuntimeError("a run of one process has no coordination service")
+    return distributed.global_state.client
+
+
+def joined_processes() -> int:
+    """Of `jax.distributed`, without starting a backend, as `jax.process_count` would: the number
+    of emulated devices hangs on it, and must be said before."""
+    from jax._src.distributed import global_state
+
+    return global_state.num_processes
+
+
+def in_tpu_vm() -> bool:
+    """Whether JAX found TPU chips and their library when it was imported."""
+    from jax._src import cloud_tpu_init
+
+    return cloud_tpu_init.running_in_cloud_tpu_vm

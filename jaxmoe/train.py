@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,10 @@ from jaxmoe.forecast.score import score
 from jaxmoe.model.cost import cost
 from jaxmoe.model.lm import lm_specs
 from jaxmoe.optim import rates
-from jaxmoe.run import mirror, platform, record, xla
+from jaxmoe.run import platform, record, viewers, xla
+from jaxmoe.run.bring import bring
 from jaxmoe.run.dashboard import display
+from jaxmoe.run.goodput import GOODPUT, Ledger, account, age
 from jaxmoe.run.health import Corrupted
 from jaxmoe.run.loop import Alarmed, Outcome, Trainer
 from jaxmoe.run.params import open_params
@@ -79,11 +82,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(config: Config, run_dir: Path, resume: str) -> int:
     """Builds everything, trains, and leaves the record; nothing is written before it is checked."""
-    began = time.perf_counter()
+    began, ledger = time.perf_counter(), Ledger(age())
     check(config)
-    mirror.check(config.log)
+    viewers.check(config.log)
     record.check_directory(run_dir, config, resume)
     platform.start(config)
+    bring(config, run_dir, resume, partial(print, "mirror:", flush=True))
     xla.keep_compiled(cache_root(config.data))
     mesh = mesh_lib.build(config.mesh)
     mesh_lib.shardings(param_specs(config), mesh)
@@ -106,13 +110,14 @@ def run(config: Config, run_dir: Path, resume: str) -> int:
     view = display(config.log.terminal, config.name, writes=writes)
     try:
         with jax.set_mesh(mesh):
-            trainer = Trainer(config, mesh, corpus, run_dir, view, peak, origin)
+            trainer = Trainer(config, mesh, corpus, run_dir, view, peak, origin, ledger=ledger)
             with trainer.health.watching():
                 state = trainer.prepare()
                 _describe(config, trainer, peak, view)
                 outcome = trainer.run(state)
     finally:
         view.close()
+        ledger.line()
     if writes:
         _summary(outcome, trainer.sets[0].held_out, run_dir, time.perf_counter() - began)
     return 0
@@ -150,7 +155,7 @@ def _run_dir(given: str | None, config: Config) -> Path:
 
 def _leave(code: int) -> int:
     """Ends a process of several at once: JAX's shutdown barrier hangs when a peer is gone."""
-    if os.environ.get("JAX_COORDINATOR_ADDRESS"):
+    if jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -256,6 +261,8 @@ def _summary(outcome: Outcome, held_out: HeldOut, run_dir: Path, seconds: float)
         f"done in {clock(seconds)}: held-out {outcome.bits_per_byte:.4f} bits per byte"
         f" ({outcome.nll:.4f} nats per token; xz -9 of the same bytes: {xz:.4f})"
     )
+    if (spent := account(record.read_lines(run_dir / GOODPUT))) is not None:
+        print(spent.sentence())
     _print_scores(run_dir / record.FORECASTS, outcome.bits_per_byte / outcome.nll)
     try:
         from jaxmoe.report.page import write  # plotly: not everywhere that trains can draw

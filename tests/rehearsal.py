@@ -12,6 +12,7 @@ from processes import SMALL, events, lines, metrics
 
 from jaxmoe.config import Config, FaultConfig, MeshConfig, load, replace
 from jaxmoe.data.cache import prepare
+from jaxmoe.run.bring import bring
 from jaxmoe.run.loop import Trainer
 from jaxmoe.run.progress import Silent
 
@@ -48,6 +49,7 @@ def rehearse(
     """A run of `small`, with faults; `parts`: of the config, instead of its own."""
     config = configured(text_cache, *faults, axes=axes, **parts)
     mesh = on(**(axes or {"data": 1}))
+    bring(config, folder, "auto", lambda line: None)
     corpus = prepare(config.data, config.model.vocab_size)
     with jax.set_mesh(mesh):
         trainer = Trainer(config, mesh, corpus, folder, Silent(), math.inf)

@@ -87,10 +87,10 @@ def test_saved_on_one_mesh_and_restored_on_another(case: str, tmp_path: Path) ->
     another, over whose replicas the state is spread."""
     cfg, first = CASES[case], on(**LAYOUTS[0])
     before = run(cfg, **LAYOUTS[0])
-    checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig())
+    checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig(), before)
     checkpoints.save(4, before, {"step": 4})
     checkpoints.close()  # on disk
-    checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig())
+    checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig(), before)
     unbroken = advance(cfg, first, before, range(5, 6))
     shared = replace(cfg, shard_over_replica=True)
     for own, mesh in ((cfg, first), (shared, on(**LAYOUTS[1]))):

@@ -30,6 +30,7 @@ FLOORS = {
             "jax_versions",
             "tree",
             "spec",
+            "stores",
             "transfer",
             "errors",
             "exits",
@@ -41,7 +42,7 @@ FLOORS = {
     3: ("optim", "adafactor", "moments", "data"),
     4: ("run",),
     5: ("plan", "ladder", "evaluate", "convert", "generate", "report"),
-    6: ("train", "supervise", "replay", "coordinates"),
+    6: ("train", "supervise", "restarts", "replay", "coordinates"),
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 

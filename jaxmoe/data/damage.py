@@ -31,6 +31,7 @@ class Guard:
         self.policy, self.mend = policy, mend
         self._lock = threading.Lock()
         self._news: list[str] = []
+        self._shards: list[LazyShard] = []
 
     def news(self) -> list[str]:
         """Damage found since this was last asked."""
@@ -44,7 +45,17 @@ class Guard:
 
     def open_shard(self, path: Path, dtype: np.dtype, row: Mapping[str, Any]) -> "LazyShard":
         """For `open_data_set`."""
-        return LazyShard(path, dtype, row, self)
+        shard = LazyShard(path, dtype, row, self)
+        self._shards.append(shard)
+        return shard
+
+    def rehearse(self, number: int) -> bool:
+        """From its next read on, a shard (counted round) reads as if a bit of its file had changed;
+        the file stays as it is. False if there is no such shard: those at a URL are not compared.
+        """
+        if self._shards:
+            self._shards[number % len(self._shards)].rehearse()
+        return bool(self._shards)
 
 
 class LazyShard:
@@ -56,6 +67,12 @@ class LazyShard:
         self._lock = threading.Lock()
         self._tokens: np.ndarray | None = None
         self._fault: str | None = None
+        self._rehearses = False
+
+    def rehearse(self) -> None:
+        """As Guard.rehearse."""
+        with self._lock:
+            self._rehearses, self._tokens = True, None
 
     def __len__(self) -> int:
         return self._row["bytes"] // self.dtype.itemsize
@@ -66,23 +83,22 @@ class LazyShard:
         Raises:
             Damaged: it is to stop.
         """
-        if self._tokens is None:
+        tokens = self._tokens
+        if tokens is None:
             with self._lock:
-                if self._tokens is None:
-                    self._open()
-        assert self._tokens is not None
+                tokens = self._open() if self._tokens is None else self._tokens
         if self._fault is not None and self._guard.policy == "stop":
             raise Damaged(f"{self._fault}; {self._guard.mend}, or train with data.damaged=skip")
-        return self._tokens[part]
+        return tokens[part]
 
-    def _open(self) -> None:
-        self._fault = _fault(self._path, self._row)
+    def _open(self) -> np.ndarray:
+        self._fault = _fault(self._path, self._row, self._rehearses)
         if self._fault is None:
             self._tokens = np.memmap(self._path, self.dtype, mode="r")
-            return
-        # One value that is repeated: a shard may have 500 M tokens.
-        self._tokens = np.broadcast_to(np.int32(UNREADABLE), (len(self),))
-        self._guard.tell(self._fault)
+        else:  # one value that is repeated: a shard may have 500 M tokens
+            self._tokens = np.broadcast_to(np.int32(UNREADABLE), (len(self),))
+            self._guard.tell(self._fault)
+        return self._tokens
 
 
 def open_guarded(
@@ -118,11 +134,14 @@ def hide(tokens: np.ndarray, weights: np.ndarray, filling: int) -> tuple[np.ndar
     return np.where(lost, np.int32(filling), tokens), np.where(lost[:, 1:], 0, weights)
 
 
-def _fault(path: Path, row: Mapping[str, Any]) -> str | None:
+def _fault(path: Path, row: Mapping[str, Any], rehearses: bool = False) -> str | None:
+    """`rehearses`: as if the first bit of the file had changed."""
     digest, size = hashlib.sha256(), 0
     try:
         with open(path, "rb") as stream:
             while block := stream.read(_BLOCK):
+                if rehearses and size == 0:
+                    block = bytes([block[0] ^ 1]) + block[1:]
                 digest.update(block)
                 size += len(block)
     except OSError as error:

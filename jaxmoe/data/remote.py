@@ -5,7 +5,6 @@ All other files are kept whole under CACHE/remote/KEY, where KEY is of the URL a
 each is brought when it is first needed, compared with its SHA-256, and mapped.
 """
 
-import functools
 import hashlib
 import os
 import tempfile
@@ -18,6 +17,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from jaxmoe import stores
 from jaxmoe.data.damage import UNREADABLE, Damaged, Guard
 from jaxmoe.data.dataset import MANIFEST, DataSet, digest, open_data_set, read_manifest
 from jaxmoe.errors import UserError
@@ -28,9 +28,6 @@ BLOCK = 1 << 10  # bytes: a sequence of 1,024 tokens has 2 or 4
 CACHED = 64 << 20  # bytes of blocks that a process keeps
 _PART = 1 << 22  # of a file that is read whole
 _SCHEMES = ("gs", "s3", "http", "https", "file")
-# Opening waits for seconds; a run that is under way waits as long as tensorstore does by itself.
-_SHORT = {"max_retries": 4, "initial_delay": "200ms", "max_delay": "1s"}
-_OPENING = {f"{d}_request_retries": _SHORT for d in ("gcs", "s3", "http")}
 
 
 def is_url(path: str) -> bool:
@@ -44,7 +41,8 @@ class Store:
     def __init__(self, url: str) -> None:
         """Raises UserError: no store can have such a URL."""
         self.url = url if url.endswith("/") else url + "/"
-        self._long, self._short = (_opened(self.url, c) for c in ({}, _OPENING))
+        # Opening waits for seconds; a run that is under way as long as tensorstore does by itself.
+        self._long, self._short = (stores.opened(self.url, c) for c in (None, stores.SHORT))
 
     def whole(self, name: str) -> bytes | None:
         """Of a small file; None: there is none. Raises UserError: the store cannot be read."""
@@ -75,7 +73,7 @@ class Store:
         except ValueError as error:  # tensorstore's, of anything that went wrong
             if "OUT_OF_RANGE" in str(error):
                 return None
-            raise UserError(f"{self.url}{name}: {_line(error)}") from None
+            raise UserError(f"{self.url}{name}: {stores.said(error)}") from None
 
 
 class _Blocks:
@@ -204,23 +202,3 @@ def _runs(numbers: list[int]) -> list[tuple[int, int]]:
         else:
             found.append((n, n + 1))
     return found
-
-
-@functools.cache
-def _tensorstore() -> Any:
-    import tensorstore  # half a second, and only where a URL is read
-
-    return tensorstore
-
-
-def _opened(url: str, context: Mapping[str, Any]) -> Any:
-    tensorstore = _tensorstore()
-    try:
-        return tensorstore.KvStore.open(url, context=tensorstore.Context(context)).result()
-    except ValueError as error:
-        raise UserError(f"{url}: {_line(error)}") from None
-
-
-def _line(error: Exception) -> str:
-    """tensorstore's message without where in its source it was made."""
-    return str(error).splitlines()[0].partition(" [")[0][:300]

@@ -7,15 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxmoe import exits
 from jaxmoe.errors import UserError
 from jaxmoe.ladder import cli_add, cli_fit, cli_gate, cli_run
+from jaxmoe.ladder.runner import Asked
 
 EXAMPLES = """examples:
   python -m jaxmoe.ladder run --family configs/ladder.py --rungs 0..5 --seeds 2 --out ladders/moe
   python -m jaxmoe.ladder run --family configs/ladder.py:dense --rungs 0..4 --out ladders/dense \\
       --horizons 0.25,0.5 --set data.path=my_texts
   python -m jaxmoe.ladder run --family configs/ladder.py --rungs 0..7 --out ladders/big \\
-      --submit 'sbatch --gres=gpu:8 --job-name={name} --wrap={command}'
+      --submit 'sbatch --gpus-per-node=8 launch/slurm.sh --run-dir {run} --command {command}'
   python -m jaxmoe.ladder fit ladders/moe --budget 1e21 --picture ladder.svg
   python -m jaxmoe.ladder register ladders/moe --target configs/target.py --run-dir runs/target
   python -m jaxmoe.ladder add runs/target_dense --ladder ladders/dense --rung 32 --out ladders/known
@@ -26,7 +28,8 @@ EXAMPLES = """examples:
       --rungs 0..4 --seeds 2 --out ladders/qk --at 1e18
 
 exit codes: run 0, or 1 if a rung failed (the same command goes on); gate 0 keep, 1 drop, 3
-undecided; 2 a mistake in what was asked; 130 interrupted"""
+undecided; 2 a mistake in what was asked; 75 asked to end by SIGUSR1, state saved: run it again;
+130 interrupted"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"jaxmoe.ladder: {error}", file=sys.stderr)
         return 2
+    except Asked as asked:
+        print(f"jaxmoe.ladder: {asked}; the same command goes on from here", file=sys.stderr)
+        return exits.REQUEUE
     except KeyboardInterrupt:
         print("jaxmoe.ladder: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
@@ -65,7 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     one("--family", required=True, metavar="FILE[:FUNCTION]", help="rung(k) -> Config")
     one("--out", required=True, type=Path, metavar="DIR", help="the ladder's folder")
     cli_run.add_runs(one)
-    one("--submit", metavar="TEMPLATE", help="hand a job a rung to a scheduler ({name}, {command})")
+    one(
+        "--submit",
+        metavar="TEMPLATE",
+        help="hand a job a rung to a scheduler ({name}, {run}, {command})",
+    )
     one("--slurm", action="store_true", help=f"--submit {cli_run.SLURM!r}")
 
     folders = "folders of ladders of one recipe, or their records.jsonl"

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,13 +13,13 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from jaxmoe.errors import UserError
 from jaxmoe.ladder.family import Family, load_family, numbers
-from jaxmoe.ladder.points import Point, plan_points
+from jaxmoe.ladder.points import RUNS, Point, plan_points
 from jaxmoe.ladder.records import RECORDS
-from jaxmoe.ladder.runner import Outcome, View, missing, submit, train_points
+from jaxmoe.ladder.runner import ROOT, Outcome, View, missing, submit, train_points
 
 __all__ = ["SLURM", "add_runs", "command", "train_family"]
 
-SLURM = "sbatch --job-name={name} --wrap={command}"
+SLURM = "sbatch --job-name={name} launch/slurm.sh --run-dir {run} --command {command}"
 
 
 def add_runs(add: Callable[..., Any]) -> None:
@@ -89,6 +90,7 @@ def _submit(args: argparse.Namespace, family: Family, points: Sequence[Point]) -
     if args.submit and args.slurm:
         raise UserError("--slurm is a --submit of its own; give one of them")
     jobs: dict[str, list[str]] = {}
+    runs: dict[str, Path] = {}
     file, colon, function = args.family.partition(":")
     for point in missing(points, args.out, family):
         words = [sys.executable, "-m", "jaxmoe.ladder", "run", "--out", str(args.out.resolve())]
@@ -96,15 +98,25 @@ def _submit(args: argparse.Namespace, family: Family, points: Sequence[Point]) -
         words += ["--rungs", str(point.rung), "--seeds", f"{point.seed}..{point.seed}"]
         words += ["--horizons", args.horizons] if args.horizons else []
         words += [word for one in args.set for word in ("--set", one)]
-        jobs[f"rung-{point.rung:02}-seed-{point.seed}"] = words
+        name = f"rung-{point.rung:02}-seed-{point.seed}"
+        # Of the trunk: its branches have points of their own, in the same job.
+        jobs[name], runs[name] = words, args.out.resolve() / RUNS / name
     args.out.mkdir(parents=True, exist_ok=True)
-    answers = submit(args.submit or SLURM, jobs)
+    answers = submit(args.submit or _slurm(), jobs, runs)
     if args.json:
         print(json.dumps({"jobs": dict(zip(jobs, answers, strict=True))}))
     else:
         for name, said in zip(jobs, answers, strict=True):
             print(f"{name}: {said}")
     return 0
+
+
+def _slurm() -> str:
+    """SLURM, wherever the command was started."""
+    script = ROOT / "launch" / "slurm.sh"
+    if not script.exists():
+        raise UserError(f"--slurm: no {script}: it is for a checkout; say --submit TEMPLATE")
+    return SLURM.replace("launch/slurm.sh", shlex.quote(str(script)))
 
 
 class Lines:

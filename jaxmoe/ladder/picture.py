@@ -14,7 +14,7 @@ from jaxmoe.forecast.points import Points
 from jaxmoe.ladder.fit import LEVELS, Analysis, line_of_sizes
 from jaxmoe.ladder.targets import Forecasted
 
-__all__ = ["draw"]
+__all__ = ["along", "draw"]
 
 WIDTH, HEIGHT = 720, 440
 LEFT, RIGHT, TOP, BOTTOM = 70, 20, 40, 55
@@ -29,7 +29,7 @@ def draw(found: Analysis) -> str:
     end = found.optimum.flops if found.optimum else 3 * float(points.flops.max())
     end = max(end, *points.flops, *(t.flops for t in found.targets))
     x = np.linspace(np.log(points.flops.min()), np.log(end), STEPS)
-    band = None if found.joint else found.fit.mixture(_along(points, np.exp(x))).quantile(LEVELS)
+    band = None if found.joint else found.fit.mixture(along(points, np.exp(x))).quantile(LEVELS)
     marks = [v for t in found.targets for v in (t.loss.q05, t.loss.q95, t.realised) if v]
     losses = np.concatenate([points.loss, marks, [] if band is None else band.ravel()])
     frame = _Frame(x[[0, -1]], losses)
@@ -81,7 +81,8 @@ def _target(frame: "_Frame", t: Forecasted) -> list[str]:
     return parts
 
 
-def _along(points: Points, flops: Floats) -> Points:
+def along(points: Points, flops: Floats) -> Points:
+    """The ladder's own line of sizes: a run at each compute [k]."""
     sizes = np.array([line_of_sizes(points, c) for c in flops])
     top = int(np.argmax(points.flops))
     each = points.flops[top] / (points.params_active[top] * points.tokens[top])

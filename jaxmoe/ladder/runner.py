@@ -15,19 +15,24 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jaxmoe import config as config_lib
+from jaxmoe import exits
 from jaxmoe.errors import UserError
 from jaxmoe.ladder import records
 from jaxmoe.ladder.family import Family
 from jaxmoe.ladder.points import RUNS, Point, branch_off, is_done
 from jaxmoe.run import record
 
-__all__ = ["Outcome", "missing", "submit", "train_points"]
+__all__ = ["ROOT", "Asked", "Outcome", "missing", "submit", "train_points"]
 
 ROOT = Path(__file__).resolve().parents[2]
 POLL = 0.2  # seconds between looks at a process
 BY_ITSELF = 3.0  # seconds that a process gets to end after the terminal's own Ctrl-C
 ASKED = 30.0  # seconds that it gets when it is asked to; then it is killed: its state is on disk
 TAIL = 4096  # bytes at the end of a file that hold its last lines
+
+
+class Asked(Exception):
+    """SIGUSR1: the process that trains has saved its state, and no other was begun."""
 
 
 class View(Protocol):
@@ -61,7 +66,11 @@ def missing(points: Sequence[Point], folder: Path, family: Family) -> list[Point
 
 def train_points(points: Sequence[Point], folder: Path, family: Family, view: View) -> Outcome:
     """One after another. A point that fails is noted and the next one begins; a KeyboardInterrupt
-    ends the process that trains before it goes on to the caller."""
+    ends the process that trains before it goes on to the caller.
+
+    Raises:
+        Asked: SIGUSR1, which schedulers send before a job's time is over.
+    """
     todo = missing(points, folder, family)
     outcome = Outcome(recorded=[point.name for point in points if point not in todo])
     for point in points:
@@ -146,13 +155,27 @@ def _process(point: Point, folder: Path, lock: int, view: View) -> tuple[int, Pa
             env=_environment(),
             pass_fds=(lock,),
         )
+        asked = False
+
+        def pass_on(number: int, _: object) -> None:
+            nonlocal asked
+            asked = True
+            process.send_signal(number)
+
+        before = signal.signal(signal.SIGUSR1, pass_on)
         try:
             while True:
                 with suppress(subprocess.TimeoutExpired):
-                    return process.wait(timeout=POLL), log
+                    code = process.wait(timeout=POLL)
+                    break
                 view.show(point, *_progress(run))
         finally:
+            signal.signal(signal.SIGUSR1, before)
             _end(process)
+    # One that had not begun to train ends by the signal itself.
+    if code == exits.REQUEUE or (asked and code == -signal.SIGUSR1):
+        raise Asked(f"{point.name}: asked to end, its state is saved")
+    return code, log
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -194,12 +217,13 @@ def _last_line(log: Path) -> str:
     return f"{said[-1] if said else 'it said nothing'} ({log})"
 
 
-def submit(template: str, jobs: Mapping[str, Sequence[str]]) -> list[str]:
+def submit(template: str, jobs: Mapping[str, Sequence[str]], runs: Mapping[str, Path]) -> list[str]:
     """Hands each job's command to a scheduler; its answers.
 
     Args:
-        template: a command line in which {name} and {command} stand for those of a job. It is cut
-            into words first, so that {command} is always one word, quoted for a shell.
+        template: a command line in which {name}, {run} and {command} stand for those of a job. It
+            is cut into words first, so that {command} is always one word, quoted for a shell.
+        runs: the directory of each job's run.
 
     Raises:
         UserError: no {command} in it, no such program, or it fails.
@@ -209,7 +233,9 @@ def submit(template: str, jobs: Mapping[str, Sequence[str]]) -> list[str]:
     answers = []
     for name, command in jobs.items():
         words = [
-            word.replace("{name}", name).replace("{command}", shlex.join(command))
+            word.replace("{name}", name)
+            .replace("{run}", str(runs[name]))
+            .replace("{command}", shlex.join(command))
             for word in shlex.split(template)
         ]
         try:

@@ -13,7 +13,7 @@ from jaxmoe.report.plot import BLUE, SOFT, Figure, Trace, axis, layout, points, 
 from jaxmoe.report.records import Row, Run, group, number
 from jaxmoe.report.words import fixed, percent, plural, short, step
 
-__all__ = ["layer_names", "load"]
+__all__ = ["CELLS", "History", "Line", "layer_names", "load", "read_history"]
 
 CELLS = 300_000  # of all heat maps together: beyond it a page grows without showing more
 COLUMNS = 240
@@ -36,7 +36,7 @@ Marks = dict[str, dict[str, Any]]  # what of a trace, by its `meta`, is of the c
 
 
 @dataclass(frozen=True, kw_only=True)
-class _History:
+class History:
     """Of each layer with experts, over the steps shown."""
 
     steps: list[float]
@@ -55,7 +55,7 @@ class _Panel:
 def load(run: Run) -> Figure:
     """Share of the tokens each expert gets, times the number of experts: 1 is balanced."""
     title = "Expert load"
-    history = _history(run.metrics)
+    history = read_history(run.metrics)
     if history is None:
         dense = number(group(run.config, "model"), "n_experts") == 1
         said = "A dense model: it has no experts." if dense else "No expert load is logged yet."
@@ -88,7 +88,8 @@ def layer_names(model: Row, count: int) -> list[str]:
 # Reading
 
 
-def _history(rows: Sequence[Row]) -> _History | None:
+def read_history(rows: Sequence[Row], cells: int = CELLS) -> History | None:
+    """None where no row says anything of experts. `cells`: values at most, about."""
     read = [(row, _loads(row)) for row in rows]
     # Those that know every expert's load, if there are such: others would be holes in the map.
     read = [r for r in read if r[1]] or [r for r in read if _layers(r[0], "load_min")]
@@ -96,7 +97,7 @@ def _history(rows: Sequence[Row]) -> _History | None:
         return None
     read = [r for r in read if _shape(*r) == _shape(*read[-1])]
     count, n_experts = _shape(*read[-1])
-    read = _thinned(read, max(20, min(COLUMNS, CELLS // (count * (n_experts + len(TABLE))))))
+    read = _thinned(read, max(20, min(COLUMNS, cells // (count * (n_experts + len(TABLE))))))
     lines = {}
     for _, key, _ in TABLE:
         by_step = [_layers(row, key) or _derived(loads, key) for row, loads in read]
@@ -105,7 +106,7 @@ def _history(rows: Sequence[Row]) -> _History | None:
             lines[key] = [list(line) for line in zip(*by_step, strict=True)]
     if not {"load_min", "load_max"} <= lines.keys():
         return None
-    return _History(
+    return History(
         steps=[row["step"] for row, _ in read],
         loads=[_map([loads[layer] for _, loads in read]) for layer in range(count)]
         if n_experts
@@ -157,7 +158,7 @@ def _map(columns: Grid) -> Grid:
 # Panels
 
 
-def _heat(history: _History) -> _Panel | None:
+def _heat(history: History) -> _Panel | None:
     if history.loads is None:
         return None
     values = sorted(abs(value - 1) for z in history.loads for row in z for value in row)
@@ -183,7 +184,7 @@ def _heat(history: _History) -> _Panel | None:
     )
 
 
-def _band(history: _History) -> _Panel:
+def _band(history: History) -> _Panel:
     return _range(
         history,
         ("load_min", "load_max"),
@@ -195,7 +196,7 @@ def _band(history: _History) -> _Panel:
     )
 
 
-def _bias(history: _History) -> _Panel | None:
+def _bias(history: History) -> _Panel | None:
     if "bias_high" not in history.lines or "bias_low" not in history.lines:
         return None
     return _range(
@@ -209,7 +210,7 @@ def _bias(history: _History) -> _Panel | None:
     )
 
 
-def _entropy(history: _History) -> _Panel | None:
+def _entropy(history: History) -> _Panel | None:
     if "load_entropy" not in history.lines:
         return None
     return _single(
@@ -221,7 +222,7 @@ def _entropy(history: _History) -> _Panel | None:
     )
 
 
-def _dead(history: _History) -> _Panel | None:
+def _dead(history: History) -> _Panel | None:
     """Only where there ever was one."""
     most = max((v for line in history.lines.get("dead", []) for v in line if v), default=0)
     if not most:
@@ -236,7 +237,7 @@ def _dead(history: _History) -> _Panel | None:
 
 
 def _range(
-    history: _History,
+    history: History,
     keys: tuple[str, str],
     *,
     name: str,
@@ -267,7 +268,7 @@ def _range(
 
 
 def _single(
-    history: _History,
+    history: History,
     key: str,
     *,
     over: tuple[str, Callable[..., float]],
@@ -289,7 +290,7 @@ def _single(
 
 
 def _over(
-    history: _History,
+    history: History,
     lines: list[Line],
     reduce: Callable[..., float],
     name: str,
@@ -350,7 +351,7 @@ def _merged(marks: Any) -> Marks:
     return {name: values for one in marks for name, values in one.items()}
 
 
-def _table(history: _History, names: Sequence[str]) -> list[list[str]]:
+def _table(history: History, names: Sequence[str]) -> list[list[str]]:
     """A head and a row for each layer, of the last step."""
     columns = [column for column in TABLE if column[1] in history.lines]
     rows = [["layer", *(title for title, _, _ in columns)]]
@@ -360,8 +361,8 @@ def _table(history: _History, names: Sequence[str]) -> list[list[str]]:
     return rows
 
 
-def _caption(run: Run, history: _History) -> str:
-    last = run.metrics[-1]
+def _caption(run: Run, history: History) -> str:
+    last = run.last
     lows = _over(history, history.lines["load_min"], min, "", "")["y"]
     highs = _over(history, history.lines["load_max"], max, "", "")["y"]
     lighter = "1 is an even share" + ("; lighter is more. " if history.loads else ". ")

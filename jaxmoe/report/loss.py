@@ -191,7 +191,7 @@ def _reference(run: Run) -> list[Trace]:
     level = xz_nats(run)
     if level is None:
         return []
-    x = [run.metrics[0]["step"], run.target_step or run.step]
+    x = [(run.metrics or run.heldout)[0]["step"], run.target_step or run.step]
     style = {"color": SOFT, "width": 1.2, "dash": "dot"}
     return [{**DIRECT, "name": "xz -9", "x": x, "y": [round_(level)] * 2, "line": style}]
 

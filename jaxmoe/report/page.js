@@ -81,7 +81,22 @@
     if (!choice) return;
     choice.value = "0";
     choice.addEventListener("change", function () {
-      restyle("load", data.load.layers[Number(choice.value)].marks);
+      const chosen = data.load.layers[Number(choice.value)];
+      restyle("load", chosen.marks).then(function () {
+        if (chosen.layout) Plotly.relayout("plot-load", Object.assign({}, chosen.layout));
+      });
+    });
+  }
+
+  function wireAcross() {
+    const choice = document.getElementById("across");
+    if (!choice) return;
+    choice.selectedIndex = 0;
+    choice.addEventListener("change", function () {
+      const axis = data.loss.axes[choice.value];
+      const places = axis.x.map(function (_, i) { return i; });
+      Plotly.update("plot-loss", { x: axis.x },
+        { "xaxis.title.text": axis.title, "xaxis.autorange": true }, places);
     });
   }
 
@@ -89,6 +104,7 @@
     wireFans();
     wireViews();
     wireLayers();
+    wireAcross();
     document.documentElement.dataset.drawn = "yes";
   });
 })();

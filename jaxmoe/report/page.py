@@ -3,6 +3,7 @@
 import base64
 import hashlib
 from collections import Counter
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,25 +12,27 @@ import jinja2
 from plotly.offline import get_plotlyjs
 
 import jaxmoe
-from jaxmoe.report import experts, health, loss, words
+from jaxmoe.report import experts, health, loss, spent, words
 from jaxmoe.report.plot import Figure
 from jaxmoe.report.records import Row, Run, group, number, read
 from jaxmoe.report.scores import Score, score
 
-__all__ = ["render", "summary", "write"]
+__all__ = ["filled", "render", "replaced", "summary", "write"]
 
 HERE = Path(__file__).parent
 EVENTS = 500  # rows of the table; a long run checkpoints more often than anyone reads
 
 
-def write(run_dir: Path, out: Path | None = None) -> Path:
-    """Writes RUN/report.html, or `out`, and returns where.
+def write(run_dir: Path, out: Path | None = None, ladders: Sequence[Path] = ()) -> Path:
+    """Writes RUN/report.html, or `out`, and returns where. `ladders`: whose fit is to be shown.
 
     Raises:
         UserError: there is no such run, it has no metrics yet, or its record is damaged.
     """
-    page = render(read(run_dir))
-    out = out or run_dir / "report.html"
+    return replaced(out or run_dir / "report.html", render(read(run_dir), ladders))
+
+
+def replaced(out: Path, page: str) -> Path:
     # Renamed into place: a browser that reloads during the write sees the old page, not half.
     part = out.with_name(f".{out.name}.part")
     part.write_text(page, encoding="utf-8")
@@ -37,7 +40,7 @@ def write(run_dir: Path, out: Path | None = None) -> Path:
     return out
 
 
-def render(run: Run) -> str:
+def render(run: Run, ladders: Sequence[Path] = ()) -> str:
     scores = score(run)
     figures = [
         loss.losses(run, scores),
@@ -45,7 +48,29 @@ def render(run: Run) -> str:
         health.optimiser(run),
         experts.load(run),
         health.speed(run),
+        spent.goodput([(run.name, run)]),
     ]
+    if ladders:
+        from jaxmoe.report.rungs import fitted  # fits: seconds, and only where it is asked for
+
+        figures.append(fitted(ladders, [run]))
+    return filled(
+        "page.html.j2",
+        figures,
+        run=run,
+        status=_status(run),
+        lead=_lead(run, scores),
+        facts=_facts(run),
+        scores=scores,
+        events=_events(run),
+        event_counts=_counts(run),
+        settings=_grouped(run.config, "run"),
+        surroundings=_grouped(run.environment, "machine"),
+    )
+
+
+def filled(template: str, figures: Sequence[Figure], **values: Any) -> str:
+    """A template with its figures, and all that makes it one file."""
     plotly, script = get_plotlyjs(), _source("page.js")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
@@ -56,25 +81,17 @@ def render(run: Run) -> str:
     )
     environment.filters["tied"] = words.tied
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    return environment.get_template("page.html.j2").render(
-        run=run,
+    return environment.get_template(template).render(
         words=words,
         version=jaxmoe.__version__,
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        status=_status(run),
-        lead=_lead(run, scores),
-        facts=_facts(run),
         figures={figure.id: figure for figure in figures},
         data={figure.id: _plotted(figure) for figure in figures if figure.traces},
-        scores=scores,
-        events=_events(run),
-        event_counts=_counts(run),
-        settings=_grouped(run.config, "run"),
-        surroundings=_grouped(run.environment, "machine"),
         style=_source("page.css"),
         plotly=plotly,
         script=script,
         hashes=" ".join(map(_hash, (plotly, script))),
+        **values,
     )
 
 
@@ -85,10 +102,11 @@ def summary(run: Run) -> dict[str, Any]:
         "name": run.name,
         "fingerprint": run.fingerprint,
         "step": run.step,
-        "tokens": number(run.metrics[-1], "tokens"),
+        "tokens": number(run.last, "tokens"),
         "heldout_nll": number(last, "nll"),
         "bits_per_byte": number(last, "bits_per_byte"),
         "outcome": run.outcome,
+        "time": None if run.spent is None else run.spent.summary(),
         "forecasts": [
             {
                 "cutoff_step": one.forecast.cutoff_step,
@@ -162,12 +180,15 @@ def _facts(run: Run) -> list[tuple[str, str, str]]:
     if xz is not None:
         facts.append(("xz -9, for comparison", words.fixed(xz), _against_xz(bits, xz)))
     facts += _forecast_fact(run)
-    tokens, flops = number(run.metrics[-1], "tokens"), number(run.metrics[-1], "flops")
+    tokens, flops = number(run.last, "tokens"), number(run.last, "flops")
     cost = f"{words.big(flops, 'FLOP')} of compute" if flops else "trained on"
     facts.append(("Tokens", words.big(tokens), cost))
     total, active = (number(run.environment, key) for key in ("params", "params_active"))
     if total:
         facts.append(("Parameters", words.big(total), f"{words.big(active)} active for a token"))
+    if run.spent is not None and run.spent.seconds:
+        note = f"in productive steps, of {words.seconds(run.spent.seconds)}"
+        facts.append(("Goodput", words.percent(run.spent.goodput), note))
     return facts
 
 

@@ -18,6 +18,7 @@ __all__ = ["Figure", "axis", "envelope", "layout", "line", "points", "stacked", 
 INK, SOFT, GRID = "#1f2328", "#5b636d", "#e4e6ea"
 BLUE, ORANGE, GREEN = "#1b5e9b", "#c2500a", "#1d7f63"  # apart in hue and, printed, in lightness
 SANS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+LEGEND = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "font": {"size": 12}}
 LIMIT = 1600  # points of a line; more than the pixels it is drawn on
 
 Trace = dict[str, Any]
@@ -96,13 +97,7 @@ def layout(height: int, *, x: dict[str, Any], **more: Any) -> dict[str, Any]:
         "plot_bgcolor": "rgba(0,0,0,0)",
         "hovermode": "closest",
         "hoverlabel": {"bgcolor": "#fff", "bordercolor": SOFT, "font": {"color": INK}},
-        "legend": {
-            "orientation": "h",
-            "x": 0,
-            "y": 1.02,
-            "yanchor": "bottom",
-            "font": {"size": 12},
-        },
+        "legend": LEGEND,
         "modebar": {"bgcolor": "rgba(255,255,255,0.9)", "color": "#9aa1ab", "activecolor": INK},
         "xaxis": x,
         **more,

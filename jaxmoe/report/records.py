@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmoe.errors import UserError
+from jaxmoe.run.goodput import GOODPUT, Account, account
 
 __all__ = ["Forecast", "Quantiles", "Row", "Run", "group", "number", "read"]
 
@@ -46,7 +47,8 @@ class Forecast:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a run directory holds. `metrics` and `evals` rise in step, re-run steps once."""
+    """What a run directory holds. `metrics` and `evals` rise in step, re-run steps once; one of
+    them may be empty."""
 
     path: Path
     name: str
@@ -58,6 +60,13 @@ class Run:
     events: list[Row]
     forecasts: list[Forecast]
     outcome: float | None  # final held-out loss, nats per token
+    register: list[Row]  # lines of the forecasts and the outcome, as they are
+    spent: Account | None = None  # where the time went; None: nobody wrote it down
+
+    @property
+    def last(self) -> Row:
+        """The last line of metrics, or of evals where a record holds no metrics."""
+        return self.metrics[-1] if self.metrics else self.heldout[-1]
 
     @property
     def heldout(self) -> list[Row]:
@@ -77,16 +86,19 @@ class Run:
 def read(run_dir: Path) -> Run:
     """
     Raises:
-        UserError: no such directory, no metrics in it, or a damaged record (names file and line).
+        UserError: no such directory, neither metrics nor evals in it, or a damaged record (names
+            file and line).
     """
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: no such run directory")
     metrics = _surviving(_stepped(run_dir / "metrics.jsonl"))
-    if not metrics:
+    evals = _evals(run_dir / "evals.jsonl")
+    if not metrics and not evals:
         raise UserError(f"{run_dir}: no metrics yet; metrics.jsonl is missing or empty")
     record = _json(run_dir / "config.json")
     config = group(record, "config")
-    forecasts, outcome = _register(run_dir / "forecasts.jsonl")
+    register = list(_lines(run_dir / "forecasts.jsonl"))
+    forecasts, outcome = _register(register)
     return Run(
         path=run_dir,
         name=str(config.get("name") or run_dir.resolve().name),
@@ -94,10 +106,12 @@ def read(run_dir: Path) -> Run:
         config=config,
         environment=_json(run_dir / "environment.json"),
         metrics=metrics,
-        evals=_evals(run_dir / "evals.jsonl"),
+        evals=evals,
         events=[row for _, row in _lines(run_dir / "events.jsonl")],
         forecasts=forecasts,
         outcome=outcome,
+        register=[row for _, row in register],
+        spent=_spent(run_dir / GOODPUT),
     )
 
 
@@ -169,9 +183,17 @@ def _evals(path: Path) -> dict[str, list[Row]]:
     return {name: _surviving(rows) for name, rows in sets.items()}
 
 
-def _register(path: Path) -> tuple[list[Forecast], float | None]:
+def _spent(path: Path) -> Account | None:
+    rows = [row for _, row in _lines(path)]
+    try:
+        return account(rows)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: not a ledger of a run's time ({error!r})") from None
+
+
+def _register(lines: Iterable[tuple[str, Row]]) -> tuple[list[Forecast], float | None]:
     forecasts, outcome = [], None
-    for where, row in _lines(path):
+    for where, row in lines:
         if row.get("kind") == "forecast":
             forecasts.append(_forecast(row, where, len(forecasts)))
         elif row.get("kind") == "outcome":

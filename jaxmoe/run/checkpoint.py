@@ -5,9 +5,7 @@ before. What is not as it was sealed (seal.py) or cannot be restored is set asid
 one is found whole; as long as none is, nothing is touched.
 """
 
-import errno
 import math
-import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,10 +21,13 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from jaxmoe.config import CheckpointConfig
 from jaxmoe.errors import UserError
 from jaxmoe.run import seal
+from jaxmoe.run.ballot import Ballot, Outvoted
 from jaxmoe.run.state import TrainState, relaid
+from jaxmoe.run.writing import StateHandler, StateRestore, StateSave, cannot_write, own_bytes, said
 
 ITEMS = ("state", "meta")
 LOSS = "nll"
+ANSWER = 60.0  # seconds that a process may take to say whether it can write
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,13 +45,21 @@ class Checkpoints:
     and of `milestones`."""
 
     def __init__(
-        self, folder: Path, config: CheckpointConfig, milestones: Sequence[int] = ()
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        abstract: TrainState,
+        milestones: Sequence[int] = (),
     ) -> None:
+        """`abstract`: shapes and shardings of what is saved."""
         self._folder = folder.absolute()
         self._config = config
         self._milestones = (*config.at, *milestones)
         self._saving = 0  # step
-        self._disk_full = False  # as this save is to find it
+        self._unsaved: str | None = None  # what went wrong with it
+        self._ballot = Ballot()
+        self._handler = StateHandler(self._ballot, abstract)
+        self._size = own_bytes(abstract)
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -67,14 +76,16 @@ class Checkpoints:
             preservation_policy=preservation_policy.AnyPreservationPolicy(kept),
             best_fn=_goodness if best else None,  # with it losses are kept beside states
             cleanup_tmp_directories=True,
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+            async_options=ocp.AsyncOptions(
+                barrier_sync_fn=self._ballot.barrier,
+                post_finalization_callback=lambda: self._handler.heard(self._seal),
+            ),
         )
-        return ocp.CheckpointManager(self._folder, options=options, item_names=ITEMS)
+        handlers = {"state": self._handler, "meta": ocp.JsonCheckpointHandler()}
+        return ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
 
     def _seal(self) -> None:
         """Called when all files are written and their folder has not got its final name yet."""
-        if self._disk_full:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if jax.process_index() == 0:
             step = str(self._saving)
             folder = next(f for f in self._folder.iterdir() if f.name.partition(".")[0] == step)
@@ -100,15 +111,20 @@ class Checkpoints:
 
         Returns:
             What went wrong at once, or with the save before, if anything did; `settle` says what
-            does later. Nothing of a save that failed is left, so that it takes no room. Of several
-            processes all must fail alike: those that do not wait for the others.
+            does later. Nothing of a save that failed is left, so that it takes no room. What fails
+            on one of several processes fails on all.
         """
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),  # pyright: ignore[reportCallIssue]
+            state=StateSave(state),  # pyright: ignore[reportCallIssue]
             meta=ocp.args.JsonSave(meta),  # pyright: ignore[reportCallIssue]
         )
         problem = self.settle()
-        self._saving, self._disk_full = step, disk_full
+        self._saving, self._unsaved, self._handler.disk_full = step, None, disk_full
+        self._ballot.begin()
+        try:
+            self._ballot.ready(cannot_write(self._folder, self._size), ANSWER)
+        except Outvoted as error:
+            return "; ".join(filter(None, (problem, self._not_saved(error))))
         try:
             metrics = {LOSS: loss} if self._config.keep_best else None
             self._manager.save(step, args=args, metrics=metrics, force=True)
@@ -126,10 +142,16 @@ class Checkpoints:
 
     def _failed(self, error: Exception) -> str:
         """Begins anew, which removes what was written of it."""
+        self._ballot.fail(said(error))
         with suppress(Exception):  # it may say the same once more
             self._manager.close()
         self._manager = self._open()
-        return f"checkpoint {self._saving} could not be saved: {_said(error)}"
+        return self._not_saved(error)
+
+    def _not_saved(self, error: Exception) -> str:
+        why = str(error) if isinstance(error, Outvoted) else said(error)
+        self._unsaved = f"checkpoint {self._saving} could not be saved: {why}"
+        return self._unsaved
 
     def restore(
         self,
@@ -154,7 +176,7 @@ class Checkpoints:
                 try:
                     state, meta = self._restore(step, abstract, as_saved)
                 except Exception as error:  # whatever the storage layers raise
-                    reason = _said(error)
+                    reason = said(error)
                 else:
                     self._set_aside([step for step, _ in broken])
                     return Restored(step=step, state=state, meta=meta, broken=tuple(broken))
@@ -184,7 +206,7 @@ class Checkpoints:
         item = self._manager.restore(step, args=ocp.args.Composite(meta=of_meta))
         meta = item["meta"]
         saved = abstract if as_saved is None else as_saved(meta)
-        of_state = ocp.args.StandardRestore(saved)  # pyright: ignore[reportCallIssue]
+        of_state = StateRestore(saved)  # pyright: ignore[reportCallIssue]
         item = self._manager.restore(step, args=ocp.args.Composite(state=of_state))
         state = item["state"] if saved is abstract else relaid(item["state"], abstract)
         if int(state.step) != step or meta["step"] != step:
@@ -212,15 +234,10 @@ class Checkpoints:
 
     def close(self) -> str | None:
         """Waits until everything is on disk; what went wrong with the last one."""
-        problem = self.settle()
+        problem = self.settle() or self._unsaved
         self._manager.close()
         return problem
 
 
 def _goodness(metrics: Any) -> float:
     return -float(metrics[LOSS])
-
-
-def _said(error: Exception) -> str:
-    """In one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxmoe import mesh as mesh_lib
 from jaxmoe import tree
 from jaxmoe.config import Config, FaultConfig, fingerprint
+from jaxmoe.data.damage import Guard
 from jaxmoe.errors import UserError
 from jaxmoe.run.record import Tell, now, read_lines
 from jaxmoe.run.state import param_specs
@@ -38,8 +39,10 @@ QUIET_NAN = 0x7FC00000
 class Faults:
     """Of one start of a run."""
 
-    def __init__(self, config: Config, mesh: Mesh, folder: Path, tell: Tell) -> None:
-        """`tell`: of (what, step, why), an event.
+    def __init__(
+        self, config: Config, mesh: Mesh, data: Guard | None, folder: Path, tell: Tell
+    ) -> None:
+        """`data`: of the training text's shards; `tell`: of (what, step, why), an event.
 
         Raises:
             UserError: there is nothing of the kind to strike.
@@ -50,6 +53,7 @@ class Faults:
         self._left = {
             n: f for n, f in enumerate(config.faults) if (n, fingerprint(f)) not in struck
         }
+        self._data = data
         self._told: set[int] = set()
         self._specs = param_specs(config)
         for fault in self._left.values():
@@ -111,6 +115,18 @@ class Faults:
                 return max(0, fault.step - 2)
         return index
 
+    def before_reading(self, index: int) -> None:
+        """Strikes the data before the batch of the step with this index, from 0, is read.
+
+        Raises:
+            UserError: no shard is compared with its sum.
+        """
+        for number, fault in [*self._left.items()]:
+            if fault.kind == "damage-shard" and self._on(fault, index + 1):
+                self._strike(number, index + 1)
+                if self._data is None or not self._data.rehearse(fault.index):
+                    raise UserError("faults: there is no shard of files to damage")
+
     def damages(self, step: int) -> bool:
         """Whether the checkpoint of a step is to be damaged, once it is whole."""
         return any(f.kind in ON_DISK and f.step == step for f in self._left.values())
@@ -124,11 +140,11 @@ class Faults:
                     _damage(folder, fault)
 
     def disk_full(self, step: int) -> bool:
-        """Whether the checkpoint of a step meets a full disk."""
+        """Whether this process's part of the checkpoint of a step meets a full disk."""
         for number, fault in [*self._left.items()]:
             if fault.kind == "disk-full" and fault.step <= step:
-                self._strike(number, step)
-                return True
+                self._strike(number, step, rank=fault.rank)
+                return fault.rank == jax.process_index()
         return False
 
     def _on(self, fault: FaultConfig, step: int) -> bool:

@@ -43,6 +43,14 @@ class Alarmed(Exception):
     """An alarm has ended the run, as forecast.on_alarm says; its checkpoint is saved."""
 
 
+def _idle(pending: tuple[int, StepMetrics] | None) -> bool:
+    """Whether the device has no step left to do."""
+    if pending is None:
+        return True
+    last: Any = pending[1].sums.nll  # is_ready is of every array, and not in jax's type of one
+    return last.is_ready()
+
+
 class _RollBack(Exception):
     """A bad step, after which the run goes on from an earlier state (guard.bad_step=rollback)."""
 
@@ -55,7 +63,12 @@ class Trainer(Parts):
     """A run on a mesh, from its start or the newest checkpoint to its end."""
 
     def run(self, state: TrainState) -> Outcome:
-        with self.preemption.listening(), self.record.mirroring(), self.profile.ending():
+        with (
+            self.preemption.listening(),
+            self.record.viewing(),
+            self.profile.ending(),
+            self.mirror,
+        ):
             saved: int | None = int(state.step)  # or there is nothing to save
             while True:
                 try:
@@ -66,11 +79,13 @@ class Trainer(Parts):
                     self.settle_saves(self.health.last_read)
                     raise
                 del state  # a second one would not fit
-                state, saved = self._rolled_back(step, why), None
+                with self.ledger.during("restore"):
+                    state, saved = self._rolled_back(step, why), None
 
     def _run(self, state: TrainState, saved: int | None) -> Outcome:
         """Up to the end. `saved`: the step whose checkpoint is there; None: make one at once."""
         config = self.config
+        self.ledger.turn("steps")
         step, last = int(state.step), config.train.steps
         pending = None
         while True:
@@ -115,13 +130,14 @@ class Trainer(Parts):
             if self.profile.begins(step):
                 pending = self._read(pending)
                 self.profile.begin(step)
-            with self.meter.drawing():
+            with self.meter.drawing(), self.ledger.drawing(lambda p=pending: _idle(p)):
                 batch = self._draw(step)
             state, metrics = self.take(state, batch)
             pending, earlier = (step + 1, metrics), pending
             self._read(earlier)
             step += 1
         self._put_down()
+        self.ledger.turn("other")
         assert self.evaluated is not None
         nll = self.evaluated[1]
         self._event("done", step, f"held-out {nll:.5f} nats per token")
@@ -140,9 +156,11 @@ class Trainer(Parts):
         restored = self._restored(wanted)
         begun, state = (0, self._fresh()) if restored is None else (restored.step, restored.state)
         self.checkpoints.forget(begun)
+        self.mirror.forget(begun)
         self.tokens = self.plan.tokens(step)
         self.guard.rolled_back(begun, step, restored.meta.get("guard") if restored else None)
         self._event("rollback", step, f"{why}; updates {begun + 1} to {step} are left out")
+        self.ledger.line(step, back=begun)
         return as_after(step, state)
 
     def _put_down(self) -> None:
@@ -151,11 +169,16 @@ class Trainer(Parts):
         Raises:
             UserError: the last state is not, since there is no room, or no leave to write.
         """
-        if self.forecast is not None:
-            self.forecast.settle()
-        if problem := self.checkpoints.close():
+        with self.ledger.during("evaluation"):
+            if self.forecast is not None:
+                self.forecast.settle()
+        with self.ledger.during("checkpoint"):
+            problem = self.checkpoints.close()
+        if problem:
             raise UserError(f"{problem}; mend that, and run the same command again")
         self.record.check()
+        self.mirror.end_in_order()
+        self.health.leaving()
 
     def _draw(self, step: int) -> Batch:
         """The next batch; damage that it came upon is an event, whether it stops the run or not."""
@@ -176,6 +199,7 @@ class Trainer(Parts):
         self.health.read(step)
         first = self.meter.first_step_seconds is None
         self.meter.stepped(step)
+        self.ledger.ended(step)
         if first:
             self._describe_start()
         norm = float(metrics.grad_norm)

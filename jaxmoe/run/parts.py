@@ -30,10 +30,11 @@ from jaxmoe.run.checkpoint import Restored
 from jaxmoe.run.evaluation import evaluate_sets, open_sets
 from jaxmoe.run.faults import Faults, strikes_step
 from jaxmoe.run.forecasting import ForecastHook
+from jaxmoe.run.goodput import Ledger
 from jaxmoe.run.guard import Guard
 from jaxmoe.run.health import Health
 from jaxmoe.run.meter import CodeLength, Meter
-from jaxmoe.run.mirror import mirrors
+from jaxmoe.run.mirror import Mirror
 from jaxmoe.run.params import Params, open_params
 from jaxmoe.run.preemption import Preemption
 from jaxmoe.run.profile import Profile
@@ -43,6 +44,7 @@ from jaxmoe.run.state import TrainState, abstract_state, init_state, relaid, sta
 from jaxmoe.run.statistics import faint_experts, statistics
 from jaxmoe.run.step import Batch, StepMetrics, add, eval_step, train_step
 from jaxmoe.run.tiers import Tiers, near_folder
+from jaxmoe.run.viewers import viewers
 from jaxmoe.run.watching import BAND_KINDS, Watching, curves_of
 
 __all__ = ["Parts"]
@@ -51,7 +53,7 @@ __all__ = ["Parts"]
 TOLD = (
     *("init", "resume", "fallback", "register", "overlap", "damaged", "alarm"),
     *("skip", "rollback", "slow", "corruption", "fault", "save-failed", "bad-steps", "expert"),
-    "profile",
+    *("profile", "mirror-failed"),
 )
 HERE = ("forecast/expected", "forecast/residual")  # nats per token; standard deviations
 
@@ -70,14 +72,17 @@ class Parts:
         origin: Params | None = None,
         *,
         writes: bool = True,
+        ledger: Ledger | None = None,
     ) -> None:
         """`origin`: the parameters at `checkpoint.init_from`, where they are open already. Without
-        `writes` the run directory stays as it is."""
+        `writes` the run directory stays as it is. `ledger`: that has the time of this start since
+        its begin."""
         self.config, self.mesh, self.corpus, self.display = config, mesh, corpus, display
         self.origin = origin
         writes = writes and jax.process_index() == 0
-        self.record = RunRecord(run_dir, writes=writes, mirrors=mirrors(config, run_dir))
+        self.record = RunRecord(run_dir, writes=writes, viewers=viewers(config, run_dir))
         self.profile = Profile(config.log, run_dir, config.train.steps, writes=writes)
+        self.ledger = ledger or Ledger()
         self.plan = curriculum(config)
         self.stream = feed.open_stream(config, corpus)
         self.sets = open_sets(config, corpus)
@@ -86,6 +91,7 @@ class Parts:
         self.preemption = Preemption(mesh)
         self.guard = Guard(config.guard, mesh)
         self.health = Health(config.health, mesh, run_dir, self._event)
+        self.mirror = Mirror(config, run_dir, self._event, writes=writes)
         self.faults: Faults | None = None
         self.tokens = 0  # drawn: the data position, and what batch, length and mix follow
         self.code = CodeLength()
@@ -106,6 +112,12 @@ class Parts:
         self.tally = Tally()
         for row in self.record.read(record.EVENTS):
             self.tally.add(row["what"], row["step"], row["why"])
+        self.ledger.open(self.record)
+        state = self._prepared()
+        self.ledger.line(step := int(state.step), back=step)
+        return state
+
+    def _prepared(self) -> TrainState:
         if jax.process_index() == 0:
             note = partial(self._event, "register")
             self.forecast = ForecastHook(self.config, self.record.folder, self.sets[0], note)
@@ -113,8 +125,10 @@ class Parts:
         self.watching = Watching(self.config, curves_of(planned))
         self.checkpoints = self._open_checkpoints()
         if self.config.faults:
-            self.faults = Faults(self.config, self.mesh, self.record.folder, self._event)
-        restored = self._restored()
+            data, folder = self.corpus.guard, self.record.folder
+            self.faults = Faults(self.config, self.mesh, data, folder, self._event)
+        with self.ledger.during("restore"):
+            restored = self._restored()
         if restored is None:
             self.record.rewind(0)
             self._event("start", 0, f"config {config_lib.fingerprint(self.config)}")
@@ -134,7 +148,8 @@ class Parts:
             raise UserError("checkpoint.near is for runs of one process; leave it out")
         kept = milestones(self.config, record.checkpoint_steps(folder))
         near = near_folder(folder, own)
-        return Tiers.open(folder / record.CHECKPOINTS, own, kept, near)
+        abstract = abstract_state(self.config, self.mesh)
+        return Tiers.open(folder / record.CHECKPOINTS, own, abstract, kept, near)
 
     def _restored(self, last: int | None = None) -> Restored | None:
         """The newest whole checkpoint, up to a step."""
@@ -183,6 +198,8 @@ class Parts:
         step = self.plan.step_of(self.tokens)
         shape = self.plan.at(step).shape
         self.tokens += shape.tokens
+        if self.faults is not None:
+            self.faults.before_reading(step)
 
         @cache  # asked by every device, and for every part of the batch
         def rows(start: int, stop: int) -> Rows | Packed:
@@ -216,6 +233,7 @@ class Parts:
         if shape not in self._compiled:
             self._compile(state, batch, step, shape)
         self.health.stepping(step + 1)
+        self.ledger.handed(shape)
         with self.health.pace.waiting(), self.profile.step(step + 1):  # waits for room in its queue
             return self._compiled[shape](state, batch)
 
@@ -223,7 +241,7 @@ class Parts:
         """Ahead of the first step of a shape, so that compiling and running are timed apart."""
         begin = time.perf_counter()
         self.health.starting("compiling the step")
-        with self._paused(), self.profile.naming(), xla.cache_hits() as hits:
+        with self._paused("compile"), self.profile.naming(), xla.cache_hits() as hits:
             lowered = train_step.lower(state, batch, shaped(self.config, shape))
             self._compiled[shape], left_out = xla.compile_with_options(lowered)
         seconds = time.perf_counter() - begin
@@ -241,7 +259,7 @@ class Parts:
         """The held-out losses, recorded, and the first told to the forecast; once a step."""
         if self.evaluated is not None and self.evaluated[0] == step:
             return
-        with self._paused():
+        with self._paused("evaluation"):
             if self.forecast is not None:  # registered before the next loss is known
                 self.forecast.settle()
                 self.watching.freeze(self.forecast.frozen)
@@ -258,7 +276,7 @@ class Parts:
 
     def look(self, step: int, state: TrainState) -> None:
         """Records every layer's parameters."""
-        with self._paused():
+        with self._paused("other"):
             arrays = statistics(state.params, self.config)
             self.record.append(record.LAYERS, {"step": step, "arrays": arrays})
         faint = [*faint_experts(arrays)]
@@ -307,9 +325,11 @@ class Parts:
 
     def save(self, step: int, state: TrainState, *, near: bool = False) -> None:
         """The state and all that a resume needs. `near`: the cheap place only."""
-        self.health.compare(step, state)
+        self.ledger.line(step)  # where a restart may go on, so that no line is of both sides of it
+        with self.ledger.during("checkpoint"):
+            self.health.compare(step, state)
         self.health.saving(step)
-        with self._paused():
+        with self._paused("checkpoint"):
             meta = {
                 "step": step,
                 "tokens": self.tokens,
@@ -325,6 +345,7 @@ class Parts:
                 "config": config_lib.as_dict(self.config),
             }
             self._save(step, state, meta, near)
+        self.ledger.line(step)
 
     def _save(self, step: int, state: TrainState, meta: dict[str, Any], near: bool) -> None:
         full = self.faults is not None and self.faults.disk_full(step)
@@ -352,9 +373,9 @@ class Parts:
             self._event("save-failed", step, problem)
 
     @contextmanager
-    def _paused(self) -> Iterator[None]:
-        """What is done in here is no part of a step."""
-        with self.meter.paused(), self.health.pace.paused():
+    def _paused(self, bucket: str) -> Iterator[None]:
+        """What is done in here is no part of a step; its time goes to a bucket of the ledger."""
+        with self.meter.paused(), self.health.pace.paused(), self.ledger.during(bucket):
             yield
 
     def _tell(self, step: int, alarms: Sequence[Alarm]) -> None:

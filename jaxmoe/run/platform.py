@@ -12,33 +12,25 @@ import numpy as np
 import jaxmoe
 from jaxmoe import mesh
 from jaxmoe.config import Config
-from jaxmoe.errors import UserError
+from jaxmoe.run import joining
 
 
 def start(config: Config) -> None:
     """Must run before anything touches a device.
 
-    With `JAX_COORDINATOR_ADDRESS` set (launch/local.sh does), joins `JAXMOE_NUM_PROCESSES`
-    processes as number `JAXMOE_PROCESS_ID`; on CPU they talk through gloo.
+    Joins the other processes where there are any (run/joining.py says who says so); on CPU they
+    talk through gloo.
+
+    Raises:
+        UserError: they cannot be joined.
     """
-    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    n_processes = int(os.environ.get("JAXMOE_NUM_PROCESSES", "1")) if address else 1
-    jax.config.update("jax_num_cpu_devices", mesh.devices_wanted(config.mesh, n_processes))
-    if n_processes == 1:
-        return
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # It would swallow SIGTERM from here on; run/preemption.py listens while there is a run.
-    jax.config.update("jax_enable_preemption_service", False)
-    process_id = int(os.environ["JAXMOE_PROCESS_ID"])
-    try:
-        jax.distributed.initialize(
-            address,
-            num_processes=n_processes,
-            process_id=process_id,
-            heartbeat_timeout_seconds=config.health.peer_deadline,
-        )
-    except RuntimeError as error:
-        raise UserError(f"cannot join the processes at {address}: {error}") from error
+    processes, count = joining.find(), 1
+    if processes is not None:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        # It would swallow SIGTERM from here on; run/preemption.py listens while there is a run.
+        jax.config.update("jax_enable_preemption_service", False)
+        count = joining.join(processes, config.health.peer_deadline)
+    jax.config.update("jax_num_cpu_devices", mesh.devices_wanted(config.mesh, count))
 
 
 def describe_devices() -> str:

@@ -9,6 +9,7 @@ another mesh) is a new line, and the later line of a step counts.
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -28,7 +29,8 @@ LAYERS = "layers.jsonl"
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer.json"
 REGISTERS = [Path(FORECASTS), Path(PASS_RATES)]
-BEFORE_START = {f"{CONFIG}.tmp", FORECASTS, PASS_RATES} | {
+FETCHING = "fetching"  # what comes from checkpoint.mirror, until it is whole
+BEFORE_START = {f"{CONFIG}.tmp", FETCHING, FORECASTS, PASS_RATES} | {
     f.with_suffix(suffix).name for f in REGISTERS for suffix in (".head.json", ".head.tmp")
 }
 
@@ -37,8 +39,8 @@ Tell = Callable[[str, int, str], None]  # of (what, step, why): an event
 Line = Mapping[str, Any]
 
 
-class Mirror(Protocol):
-    """Shows the lines of the record elsewhere (run/mirror.py)."""
+class Viewer(Protocol):
+    """Shows the lines of the record elsewhere (run/viewers.py)."""
 
     def begin(self, standing: Sequence[tuple[str, Line]]) -> None:
         """A start of the run: (file, line) of what stands, rising by step."""
@@ -83,7 +85,7 @@ def check_directory(run_dir: Path, config: Config, resume: str) -> None:
     """
     file = run_dir / CONFIG
     if not file.exists():
-        if resume == "must":
+        if resume == "must" and config.checkpoint.mirror is None:  # else run/bring.py asks there
             raise UserError(f"--resume must: {run_dir} holds no run")
         # Before config.json is there, nothing of ours is but what a kill left of writing it, and
         # a forecast from before the start: whatever else is there is somebody else's.
@@ -140,11 +142,12 @@ def read_config(run_dir: Path) -> Config:
 class RunRecord:
     """Writes the files of one run. With `writes=False` (all processes but one) it is silent."""
 
-    def __init__(self, folder: Path, *, writes: bool, mirrors: Sequence[Mirror] = ()) -> None:
+    def __init__(self, folder: Path, *, writes: bool, viewers: Sequence[Viewer] = ()) -> None:
         self.folder = folder
         self._writes = writes
-        self._mirrors = tuple(mirrors) if writes else ()
+        self._viewers = tuple(viewers) if writes else ()
         self._waiting: dict[str, bytes] = {}  # lines that could not be written, by file
+        self._lock = threading.Lock()  # the watchdog and the mirror tell of events too
 
     def begin(self, config: Config) -> None:
         """Creates the directory, config.json first: its presence means that this is a run."""
@@ -174,26 +177,27 @@ class RunRecord:
         not end for its record."""
         if not self._writes:
             return
-        self._write_line(name, line)
-        self._mirror(name, line)
+        with self._lock:
+            self._append(name, json.dumps(line).encode() + b"\n")
+            self._show(name, line)
 
-    def _mirror(self, name: str, line: Line) -> None:
-        for mirror in self._mirrors:
-            mirror.add(name, line)
+    def _show(self, name: str, line: Line) -> None:
+        for viewer in self._viewers:
+            viewer.add(name, line)
 
     @contextmanager
-    def mirroring(self) -> Iterator[None]:
+    def viewing(self) -> Iterator[None]:
         """What is shown elsewhere ends with this, well or not."""
         code = 1
         try:
             yield
             code = 0
         finally:
-            for mirror in self._mirrors:
-                mirror.close(code)
+            for viewer in self._viewers:
+                viewer.close(code)
 
-    def _write_line(self, name: str, line: Line) -> None:
-        text = self._waiting.pop(name, b"") + json.dumps(line).encode() + b"\n"
+    def _append(self, name: str, line: bytes) -> None:
+        text = self._waiting.pop(name, b"") + line
         try:
             _append(self.folder / name, text)
         except OSError as error:
@@ -213,12 +217,21 @@ class RunRecord:
         """The lines of a file; a last line torn by a kill is left out."""
         return read_lines(self.folder / name)
 
+    def mended(self, name: str) -> list[dict[str, Any]]:
+        """The lines of a file to which lines will be added: one torn by a kill is cut off."""
+        file = self.folder / name
+        if self._writes and file.exists():
+            text = file.read_bytes()
+            os.truncate(file, text.rfind(b"\n") + 1)
+        return self.read(name)
+
     def evaluated(self, line: Line) -> None:
         """Adds a held-out result, unless the same is there already."""
         if line not in standing_evals(self.read(EVALS)):
             self.append(EVALS, line)
         else:  # what is shown elsewhere was rewound
-            self._mirror(EVALS, line)
+            with self._lock:
+                self._show(EVALS, line)
 
     def rewind(self, step: int) -> None:
         """Drops metrics after `step`, and lines torn by a kill. What is shown elsewhere begins anew
@@ -229,10 +242,10 @@ class RunRecord:
             kept = [k for k in self.read(name) if last is None or k["step"] <= last]
             if (self.folder / name).exists():
                 _replace(self.folder / name, "".join(json.dumps(k) + "\n" for k in kept))
-        if self._mirrors:
+        if self._viewers:
             standing = self._standing(step)
-            for mirror in self._mirrors:
-                mirror.begin(standing)
+            for viewer in self._viewers:
+                viewer.begin(standing)
 
     def _standing(self, step: int) -> list[tuple[str, Line]]:
         """Of metrics, evals and events: those of the run's own past up to `step`, in its order.

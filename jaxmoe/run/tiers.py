@@ -39,10 +39,15 @@ class Tiers:
 
     @classmethod
     def open(
-        cls, folder: Path, config: CheckpointConfig, milestones: list[int], near: Path | None
+        cls,
+        folder: Path,
+        config: CheckpointConfig,
+        abstract: TrainState,
+        milestones: list[int],
+        near: Path | None,
     ) -> "Tiers":
         """Raises UserError where the near folder cannot be made."""
-        durable = Checkpoints(folder, config, milestones)
+        durable = Checkpoints(folder, config, abstract, milestones)
         if near is None:
             return cls(durable, None)
         try:
@@ -50,7 +55,7 @@ class Tiers:
         except OSError as error:
             raise UserError(f"checkpoint.near={config.near}: {error.strerror}") from None
         newest = replace(config, keep=1, keep_best=0, at=())
-        return cls(durable, Checkpoints(near, newest))
+        return cls(durable, Checkpoints(near, newest, abstract))
 
     def steps(self) -> list[int]:
         return sorted({step for one in self._both for step in one.steps()})

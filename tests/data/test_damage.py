@@ -70,7 +70,7 @@ def test_a_shard_is_compared_once(data: DataSet, monkeypatch: pytest.MonkeyPatch
 
     compared: list[str] = []
     fault = damage._fault
-    monkeypatch.setattr(damage, "_fault", lambda p, row: compared.append(p.name) or fault(p, row))
+    monkeypatch.setattr(damage, "_fault", lambda p, *of: compared.append(p.name) or fault(p, *of))
     guarded, _ = open_guarded(data.folder, "stop")
     assert compared == ["code.ends.bin", "text.ends.bin"]
     for _ in range(3):

@@ -1,7 +1,6 @@
 """Families, records, fits and the command line of ladders, without training anything."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from jaxmoe.ladder.fit import analyse
 from jaxmoe.ladder.optimal import optimal_sizes
 from jaxmoe.ladder.points import branch_off, is_done, plan_points
 from jaxmoe.ladder.reading import check_recipe, open_ladder
-from jaxmoe.ladder.runner import submit
 from jaxmoe.model.cost import cost
 from jaxmoe.optim import rates
 from jaxmoe.run import seal
@@ -459,15 +457,6 @@ def test_every_command_has_examples(capsys: pytest.CaptureFixture[str]):
         with pytest.raises(SystemExit) as end:
             main([command, "--help"])
         assert end.value.code == 0 and "examples:" in capsys.readouterr().out
-
-
-def test_jobs_get_their_name_and_one_quoted_command(tmp_path: Path):
-    show = "import sys; print(sys.argv[1:])"
-    template = f"{sys.executable} -c '{show}' --job={{name}} --wrap={{command}}"
-    (said,) = submit(template, {"rung-00": ["python", "-m", "x", "--set", "a=b c"]})
-    assert said == repr(["--job=rung-00", "--wrap=python -m x --set 'a=b c'"])
-    with pytest.raises(UserError, match="exit code 3"):
-        submit(f"{sys.executable} -c 'raise SystemExit(3)' {{command}}", {"a": ["b"]})
 
 
 def test_a_runs_config_json_is_a_config(tmp_path: Path):

@@ -6,12 +6,14 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.support.ui import WebDriverWait
 
 FLAGS = (
     "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
@@ -54,23 +56,48 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
         yield chrome
 
 
+@pytest.fixture
+def show(browser: webdriver.Chrome) -> Callable[..., webdriver.Chrome]:
+    """Opens a page from disk at a width and waits until its figures are drawn."""
+
+    def show(page: Path, width: int = 1280) -> webdriver.Chrome:
+        size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        for kind in ("browser", "performance"):
+            browser.get_log(kind)  # reading empties it: what follows is of this page alone
+        browser.get(page.as_uri())
+        drawn = "return document.documentElement.dataset.drawn"
+        WebDriverWait(browser, 30).until(lambda chrome: chrome.execute_script(drawn) == "yes")
+        return browser
+
+    return show
+
+
 def loss_at(step: float) -> float:
     decay = max(0.0, (step - 0.8 * STEPS) / (0.2 * STEPS))
     return 2.9 + 5.4 * (1 + step / 12) ** -0.62 - 0.09 * decay
 
 
 def write_run(
-    run: Path, *, name: str = "ladder-3 base", upto: int = STEPS, moe: str = "all"
+    run: Path,
+    *,
+    name: str = "ladder-3 base",
+    upto: int = STEPS,
+    moe: str = "all",
+    lr: float = 3e-3,
 ) -> Path:
     """A run directory at step `upto`: finished when that is the last step. `moe`: see `experts`."""
     run.mkdir(parents=True)
     done = upto == STEPS
-    record = {"fingerprint": "8f14e45fceea", "config": config(name)}
+    own = config(name)
+    own["optim"]["lr"] = lr
+    record = {"fingerprint": "8f14e45fceea", "config": own}
     (run / "config.json").write_text(json.dumps(record))
     (run / "environment.json").write_text(json.dumps(environment()))
     write_lines(run / "metrics.jsonl", metrics(upto, moe))
     write_lines(run / "evals.jsonl", evals(upto))
     write_lines(run / "events.jsonl", events(upto))
+    write_lines(run / "goodput.jsonl", ledger(upto))
     write_lines(run / "forecasts.jsonl", [*forecasts(upto), *([outcome()] if done else [])])
     return run
 
@@ -193,6 +220,31 @@ def events(upto: int) -> Iterable[dict[str, Any]]:
         yield {"time": start + upto, "step": upto, "what": "done", "why": "all steps trained"}
 
 
+def ledger(upto: int) -> Iterable[dict[str, Any]]:
+    """Two starts: the first ended at step 860, and 60 of its steps were for nothing."""
+    yield {"time": clock(0), "start": 1}
+    yield {"time": clock(13), "start": 1, "step": 0, "back": 0, "seconds": {"startup": 13.0}}
+    begun, start, late = 0, 1, 13.0
+    for step in [*range(200, min(upto, 800) + 1, 200), 860, 0, *range(1000, upto + 1, 200)]:
+        if step > upto:
+            return
+        if not step:
+            yield {"time": clock(late + 90), "start": 2}
+            spent = {"startup": 5.0, "restore": 2.0}
+            yield {"time": clock(late + 97), "start": 2, "step": 800, "back": 800, "seconds": spent}
+            begun, start, late = 800, 2, late + 97
+            continue
+        steps = 0.06 * (step - begun)
+        spent = {"steps": steps, "data": 0.5, "evaluation": 1.0, "checkpoint": 0.25}
+        late += steps + 1.75
+        yield {"time": clock(late), "start": start, "step": step, "seconds": spent}
+        begun = step
+
+
+def clock(seconds: float) -> str:
+    return datetime.fromtimestamp(1_790_000_000 + round(seconds, 6), UTC).isoformat()
+
+
 def forecasts(upto: int) -> Iterable[dict[str, Any]]:
     rng = random.Random(3)
     for index, cutoff in enumerate(range(200, upto, 200)):
@@ -208,6 +260,7 @@ def forecasts(upto: int) -> Iterable[dict[str, Any]]:
             "target_step": STEPS,
             "target_tokens": STEPS * TOKENS,
             "law": "power law with decay term",
+            "set_fingerprint": "c4ca4238a0b9",
             "loss": around(loss_at(STEPS) + 0.03 + bias, scale),
             "path": [fan(cutoff, share, bias, scale) for share in (0, 0.15, 0.4, 0.7, 0.8, 0.9, 1)],
         }
@@ -225,4 +278,6 @@ def around(median: float, scale: float) -> dict[str, float]:
 
 
 def outcome() -> dict[str, Any]:
-    return {"kind": "outcome", "target_step": STEPS, "loss": {"realised": loss_at(STEPS) + 0.03}}
+    loss = {"realised": loss_at(STEPS) + 0.03}
+    own = {"kind": "outcome", "target_step": STEPS, "set_fingerprint": "c4ca4238a0b9"}
+    return {**own, "loss": loss}

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 import pytest
 
 from jaxmoe.errors import UserError
-from jaxmoe.report import experts, health, loss, words
+from jaxmoe.report import experts, health, loss, spent, words
 from jaxmoe.report.__main__ import main
 from jaxmoe.report.page import write
 from jaxmoe.report.plot import envelope, stacked
@@ -190,6 +190,7 @@ def test_command_explains_a_mistake_in_one_line(
 ) -> None:
     run = make_run(upto=100)
     (run / "metrics.jsonl").write_text('{"step": 1, "tr')
+    (run / "evals.jsonl").unlink()
     mistakes = ([str(tmp_path / "none")], [str(tmp_path)], [str(run)])
     for argv in (*mistakes, [str(make_run(upto=100)), "--out", str(tmp_path / "no" / "x.html")]):
         assert main(argv) == 2
@@ -218,3 +219,18 @@ def test_names_in_figures_are_not_markup(make_run: MakeRun) -> None:
     append(run / "evals.jsonl", '{"step": 100, "set": "<a href=x>b</a>", "nll": 1.0}\n')
     names = [trace["name"] for trace in loss.losses(read(run), []).traces]
     assert "held-out: &lt;a href=x&gt;b&lt;/a&gt;" in names
+
+
+def test_damaged_ledger_is_named(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(upto=100)
+    append(run / "goodput.jsonl", '{"time": "yesterday", "start": 1}\n')
+    assert main([str(run)]) == 2
+    assert "goodput.jsonl: not a ledger" in capsys.readouterr().err
+
+
+def test_run_from_before_there_was_a_ledger(make_run: MakeRun) -> None:
+    run = make_run(upto=700)
+    (run / "goodput.jsonl").unlink()
+    figure = spent.goodput([("old", read(run))])
+    assert figure.traces == []
+    assert figure.caption == "No ledger of the time (goodput.jsonl). 1 start, 49.4 s of training."

@@ -24,7 +24,7 @@ DAMAGES = ("delete", "empty", "cut", "flip")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's folder with whole checkpoints of the steps 3 and 6."""
     run_dir = tmp_path_factory.mktemp("saved") / "run"
-    checkpoints = Checkpoints(run_dir / "checkpoints", CheckpointConfig())
+    checkpoints = Checkpoints(run_dir / "checkpoints", CheckpointConfig(), abstract())
     for step in (3, 6):
         checkpoints.save(step, state_at(step), {"step": step, "position": 8 * step})
     checkpoints.close()
@@ -45,7 +45,7 @@ def abstract() -> TrainState:
 
 
 def restore(run_dir: Path) -> Any:
-    checkpoints = Checkpoints(run_dir / "checkpoints", CheckpointConfig())
+    checkpoints = Checkpoints(run_dir / "checkpoints", CheckpointConfig(), abstract())
     try:
         return checkpoints.restore(abstract())
     finally:
@@ -108,7 +108,7 @@ def test_a_step_can_be_saved_again_after_it_was_set_aside(saved: Path, tmp_path:
     shutil.copytree(saved, run_dir)
     for name in ("broken-checkpoint-6", "broken-checkpoint-6-2"):
         damage(run_dir / "checkpoints" / "6" / "sha256.json", "delete")
-        checkpoints = Checkpoints(run_dir / "checkpoints", CheckpointConfig())
+        checkpoints = Checkpoints(run_dir / "checkpoints", CheckpointConfig(), abstract())
         restored = checkpoints.restore(abstract())
         assert restored is not None
         assert restored.step == 3

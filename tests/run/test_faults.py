@@ -22,6 +22,7 @@ from rehearsal import Rehearsed, rehearse
 from small import small
 
 from jaxmoe.config import FaultConfig, GuardConfig, HealthConfig, replace
+from jaxmoe.data.damage import Damaged
 from jaxmoe.errors import UserError
 
 SKIP = GuardConfig(bad_step="skip")
@@ -208,6 +209,19 @@ def test_what_is_not_found(text_cache: Path, tmp_path: Path) -> None:
     mine, theirs = ([row["train/nll"] for row in one.metrics] for one in (ran, sound))
     assert mine[:49] == theirs[:49] and mine[51] != theirs[51]
     assert ran.events("fault") and found(ran) == []
+
+
+def test_a_damaged_shard_stops_the_run_and_is_gone_with_the_rehearsal(
+    text_cache: Path, tmp_path: Path
+) -> None:
+    """Found by its SHA-256 as it is read; the file itself stays as it is."""
+    plain = rehearse(tmp_path / "plain", text_cache)
+    harm = FaultConfig(kind="damage-shard", step=10)
+    ran = rehearse(tmp_path / "run", text_cache, harm)
+    assert isinstance(ran.error, Damaged) and "its SHA-256 is" in str(ran.error)
+    assert ran.told("fault")[0] == 10 and "has changed" in ran.told("damaged")[1]
+    again = rehearse(tmp_path / "run", text_cache, harm)
+    assert again.error is None and again.metrics == plain.metrics
 
 
 def test_another_fault_in_the_same_place_is_not_taken_for_the_one_behind(

@@ -146,7 +146,7 @@ def kept(tmp_path: Path) -> Iterator[RunRecord]:
     )
     made.begin(small())
     made.rewind(0)
-    with made.mirroring():
+    with made.viewing():
         yield made
 
 
