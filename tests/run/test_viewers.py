@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from viewed import Board, board, wandb_rows
 from processes import finish, kill_group, lines, logged, metrics, started, train, wait_until
 from small import small
+from viewed import Board, board, wandb_rows
 
 from jaxmoe.config import replace
 from jaxmoe.config_run import LogConfig
 from jaxmoe.errors import UserError
 from jaxmoe.run import viewers
-from jaxmoe.run.viewers import TensorBoard, points
 from jaxmoe.run.record import RunRecord, check_directory
+from jaxmoe.run.viewers import TensorBoard, points
 
 BOTH = ("--set", "log.tensorboard=true", "--set", "log.wandb=tests", "--set", "log.terminal=quiet")
 
