@@ -4,13 +4,14 @@
 #   launch/local.sh N [arguments of python -m jaxmoe.train]
 #   launch/local.sh 2 --set mesh.expert=4 --set mesh.model=2 --run-dir runs/two
 #
-# Rank 0 prints here; the others write LOGS/rank-K.log (LOGS defaults to a fresh folder, printed on
-# failure). The first process to fail ends all, with the end of its log shown unless rank 0 ended the
-# same way by itself (it has printed why); so does one Ctrl-C. SIGTERM and SIGUSR1 are passed on: all
-# save at the same step and end with 75, run it again.
+# Rank 0 prints here, its errors also into LOGS/rank-0.log; the others into LOGS/rank-K.log, behind
+# what is there of earlier starts (LOGS: a fresh folder by default, printed on failure). The first
+# process to fail ends all, with the end of its log shown unless rank 0 ended the same way by itself
+# (it has printed why); so does one Ctrl-C. SIGTERM and SIGUSR1 are passed on: all save at the same
+# step and end with 75, run it again.
 # PYTHON chooses the interpreter (default: .venv/bin/python if there is one, else python3).
 set -u
-usage() { sed -n '2,11s/^# \{0,1\}//p' "$0"; }
+usage() { sed -n '2,12s/^# \{0,1\}//p' "$0"; }
 case "${1:-}" in
   -h|--help) usage; exit 0 ;;
   ''|0|*[!0-9]*) echo "launch/local.sh: the first argument is the number of processes, not '${1:-}'" >&2; exit 2 ;;
@@ -40,10 +41,11 @@ asked=
 trap 'end_all; exit 130' INT HUP
 trap 'asked=yes; signal_all TERM' TERM USR1
 for ((rank = 0; rank < n; rank++)); do
+  echo "$(date -u +%FT%TZ) rank $rank of $n: jaxmoe.train $*" >> "$logs/rank-$rank.log" || exit 2
   if [ "$rank" = 0 ]; then
-    JAXMOE_PROCESS_ID=0 "$PYTHON" -m jaxmoe.train "$@" 2> >(tee "$logs/rank-0.log" >&2) &
+    JAXMOE_PROCESS_ID=0 "$PYTHON" -m jaxmoe.train "$@" 2> >(tee -a "$logs/rank-0.log" >&2) &
   else
-    JAXMOE_PROCESS_ID=$rank "$PYTHON" -m jaxmoe.train "$@" > "$logs/rank-$rank.log" 2>&1 < /dev/null &
+    JAXMOE_PROCESS_ID=$rank "$PYTHON" -m jaxmoe.train "$@" >> "$logs/rank-$rank.log" 2>&1 < /dev/null &
   fi
   pids+=($!)
 done

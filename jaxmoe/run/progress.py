@@ -121,7 +121,9 @@ class Tally:
         last = next(reversed(self._alarms), None)
         return {
             "alarms": len(self._alarms),
-            "last_alarm": f"step {last[1]}, {last[0]}: {last[2]}" if last else None,
+            "last_alarm": f"step {last[1]}, {last[0]}: {' '.join(last[2].split())}"
+            if last
+            else None,
             "restarts": max(0, self._starts - 1),
             "resumed_from": self._resumed_from,
         }

@@ -230,7 +230,8 @@ class RunRecord:
         if line not in standing_evals(self.read(EVALS)):
             self.append(EVALS, line)
         else:  # what is shown elsewhere was rewound
-            self._show(EVALS, line)
+            with self._lock:
+                self._show(EVALS, line)
 
     def rewind(self, step: int) -> None:
         """Drops metrics after `step`, and lines torn by a kill. What is shown elsewhere begins anew

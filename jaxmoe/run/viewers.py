@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,7 @@ class TensorBoard:
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2
 
+        self.close(0)
         starts = [line["time"] for _, line in standing if line.get("what") == "start"]
         self._began = _seconds(starts[0]) if starts else time.time()
         self._time = self._began
@@ -142,7 +144,10 @@ class TensorBoard:
 
     def _give_up(self, error: OSError) -> None:
         """A run does not end for it, and its next start writes all of it."""
-        self._writer = None
+        writer, self._writer = self._writer, None
+        with suppress(OSError):
+            if writer is not None:
+                writer.close()
         why = f"{self._folder}: {error.strerror}"
         print(f"{why}; TensorBoard's file ends here, until the next start", file=sys.stderr)
 
@@ -160,6 +165,7 @@ class Wandb:
         """Raises UserError where it cannot begin: for one, online and without a key."""
         import wandb
 
+        self.close(0)
         resumed = sum(line.get("what") == "resume" for _, line in standing)
         try:
             self._run = wandb.init(
@@ -187,7 +193,7 @@ class Wandb:
         # Its rows come by rising steps; an event may be told a step late.
         self._last = max(self._last, line["step"])
         row = {
-            tag: wandb.Histogram(value) if isinstance(value, list) else value
+            tag: wandb.Histogram(value, num_bins=BINS) if isinstance(value, list) else value
             for tag, value in points(name, line)
         }
         self._run.log(row, step=self._last)

@@ -1,7 +1,9 @@
 """launch/local.sh: two real processes, joined by jax.distributed over gloo, four devices each."""
 
 import os
+import re
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -83,6 +85,20 @@ def test_a_request_before_training_ends_all_at_once_and_is_to_be_repeated(tmp_pa
             assert process.wait(timeout=20) == 75
         finally:
             kill_group(process)
+
+
+def test_logs_of_earlier_starts_stay(tmp_path: Path):
+    """Those of a crash are what somebody comes back for."""
+    fake, logs = tmp_path / "python", tmp_path / "logs"
+    fake.write_text('#!/bin/sh\n[ "$1" = -c ] && exec python3 "$@"\necho said >&2\n')
+    fake.chmod(0o755)
+    env = {**os.environ, "PYTHON": str(fake), "LOGS": str(logs)}
+    for seed in (1, 2):
+        subprocess.run([str(LOCAL), "2", "--set", f"seed={seed}"], env=env, check=True)
+    text = (logs / "rank-1.log").read_text()
+    began = r"\S+Z rank 1 of 2: jaxmoe.train --set seed="
+    assert re.fullmatch(rf"{began}1\nsaid\n{began}2\nsaid\n", text), text
+    assert (logs / "rank-0.log").read_text().count(" rank 0 of 2: ") == 2  # tee may be late
 
 
 def press_ctrl_c(process: Popen) -> None:

@@ -79,7 +79,7 @@ class Noting(Silent):
     def __init__(self) -> None:
         self.notes: list[str] = []
 
-    def note(self, text: str) -> None:
+    def note(self, text: str, *, alarm: bool = False) -> None:
         self.notes.append(text)
 
 
