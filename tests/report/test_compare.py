@@ -83,7 +83,7 @@ def test_hostile_names_of_several_stay_text(
     (run / "events.jsonl").write_text(text.replace("training loss", attack))
     chrome = show(compare.write([run, make_run(name="other")], tmp_path / "page.html"))
     for id in FIGURES - {"calibration"}:
-        assert attack in chrome.find_element(By.ID, id).text, id
+        assert attack in chrome.find_element(By.ID, f"plot-{id}").text, id
     assert attack in chrome.title
     assert chrome.find_elements(By.TAG_NAME, "img") == []
     assert chrome.get_log("browser") == []
