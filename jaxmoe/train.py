@@ -120,6 +120,7 @@ def run(config: Config, run_dir: Path, resume: str) -> int:
         ledger.line()
     if writes:
         _summary(outcome, trainer.sets[0].held_out, run_dir, time.perf_counter() - began)
+        ledger.line()  # the page took its time, too
     return 0
 
 

@@ -47,7 +47,7 @@ def goodput(runs: Sequence[tuple[str, Run]]) -> Figure:
             margin={
                 "l": 56,
                 "r": 16,
-                "t": 48,
+                "t": TOP,
                 "b": 48,
             },  # the legend is under the modebar's buttons
             legend={**LEGEND, "traceorder": "normal"},

@@ -229,8 +229,7 @@ def account(lines: Iterable[Mapping[str, Any]]) -> Account | None:
         _fit(own, max(0, end - at), "other" if row["start"] == start else "down")
         at, start = max(at, end), row["start"]
         last, back = row.get("step", step), row.get("back")
-        if last != back:  # a start's own state; a rollback's lies behind it
-            spans.append((min(step, last), last, own.get("steps", 0)))
+        spans.append((min(step, last), last, own.get("steps", 0)))
         step = last
         spent.update(own)
         if back is not None:

@@ -17,7 +17,7 @@ from jaxmoe.run.goodput import BUCKETS, GOODPUT, Ledger, account, age, wall_cloc
 from jaxmoe.run.record import RunRecord
 
 START = 1_790_000_000_000_000
-KINDS = ("step", "save", "rollback", "kill", "evaluation", "compile", "other")
+KINDS = ("step", "between", "save", "rollback", "kill", "evaluation", "compile", "other")
 Op = tuple[str, int]
 
 
@@ -51,8 +51,12 @@ class Told:
         self.clock, self.record = Clock(), Kept()
         self.spent: Counter[str] = Counter()  # as far as there are lines
         self.waiting: Counter[str] = Counter()  # not in a line yet
-        self.steps: list[tuple[int, int]] = []  # each step that counts, its microseconds
-        self.late: list[tuple[int, int]] = []  # the same, not in a line yet
+        # Of each step that counts its microseconds, and what was spent between steps, by the step
+        # of the line that has it; and the same that is in no line yet.
+        self.steps: list[tuple[int, int]] = []
+        self.between: list[tuple[int, int]] = []
+        self.late: list[tuple[int, int]] = []
+        self.late_between = 0
         self.step = self.saved = self.undone = 0
         self.seen = 0
         self.begin(0)
@@ -61,6 +65,7 @@ class Told:
         self.spent["down"] += self.waiting.total() + gap
         self.waiting.clear()
         self.late.clear()
+        self.late_between = 0
         self.clock.now += gap
         self.ledger = Ledger(clock=self.clock)
         self.ledger.open(self.record)
@@ -76,16 +81,19 @@ class Told:
         self.waiting[bucket] += micros
 
     def put_back(self, step: int) -> None:
-        gone = [(s, micros) for s, micros in self.steps if s > step]
+        self.undone += sum(s > step for s, _ in self.steps)
+        lost = sum(micros for s, micros in self.steps + self.between if s > step)
         self.steps = [one for one in self.steps if one[0] <= step]
-        self.undone += len(gone)
-        self.spent["undone"] += sum(micros for _, micros in gone)
-        self.spent["steps"] -= sum(micros for _, micros in gone)
+        self.between = [one for one in self.between if one[0] <= step]
+        self.spent["undone"] += lost
+        self.spent["steps"] -= lost
 
     def settle(self) -> None:
         if len(self.record.lines) > self.seen:
             self.spent += self.waiting
             self.steps += self.late
+            self.between.append((self.step, self.late_between))
+            self.late_between = 0
             self.waiting.clear()
             self.late.clear()
             self.seen = len(self.record.lines)
@@ -97,6 +105,9 @@ class Told:
             self.pass_("steps", micros)
             self.late.append((self.step, micros))
             self.ledger.ended(self.step)
+        elif kind == "between":
+            self.pass_("steps", micros)
+            self.late_between += micros
         elif kind == "save":
             self.ledger.line(self.step)
             self.settle()
@@ -162,32 +173,56 @@ def test_no_lines_make_the_sum_wrong(rows: list[dict[str, Any]]) -> None:
     assert all(value > 0 for value in found.spent.values()) and found.spent.keys() <= BUCKETS.keys()
 
 
+def test_time_of_no_line_is_down_between_starts_and_else_other() -> None:
+    rows = [
+        {"time": "2026-11-23T07:00:00+00:00", "start": 1},
+        {"time": "2026-11-23T07:00:10+00:00", "start": 1, "step": 5, "seconds": {"steps": 9.0}},
+        {"time": "2026-11-23T07:00:30+00:00", "start": 2},
+        # A start that began while the one before was at work: its seconds count once.
+        {"time": "2026-11-23T07:00:33+00:00", "start": 3, "step": 5, "seconds": {"startup": 8.0}},
+    ]
+    found = account(rows)
+    assert found is not None
+    assert found.spent == {k: v * 10**6 for k, v in SPENT.items()} and found.starts == 3
+
+
+SPENT = {"steps": 9, "other": 1, "down": 20, "startup": 3}
+
+
 def test_waiting_for_data_is_what_lies_beyond_the_step() -> None:
     """A draw of 50 counts in full where no step is under way, and not at all where the device is
     still busy after it; else from when the step, as long as the shortest, should have ended."""
 
-    def waited(handed_before: int, *, idle: bool, shortest: int | None = 30) -> int:
+    def waited(*handed: int, idle: bool, took: tuple[int, ...] = (90, 30, 60)) -> int:
+        """Microseconds of a draw of 50 that begins at 0; steps are handed over before, the first
+        of several has ended at -10."""
         clock, record = Clock(), Kept()
         ledger = Ledger(clock=clock)
         ledger.open(record)
-        if shortest is not None:
+        for each in took:
+            clock.now += 1000
             ledger.handed()
-            clock.now += shortest
+            clock.now += each
             ledger.ended(1)
-        clock.now += 1000
-        if handed_before >= 0:
-            ledger.handed()
-            clock.now += handed_before
+        clock.now = begun = START + 10_000
         ledger.turn("steps")
+        for before in handed:
+            clock.now = begun - before
+            ledger.handed()
+        if len(handed) > 1:
+            clock.now = begun - 10
+            ledger.ended(2)
+        clock.now = begun
         with ledger.drawing(lambda: idle):
             clock.now += 50
         ledger.line(2)
         return round(1e6 * record.lines[-1]["seconds"].get("data", 0))
 
-    assert waited(-1, idle=True) == 50
+    assert waited(idle=True) == 50
     assert waited(10, idle=True) == 30
     assert waited(40, idle=True) == 50
-    assert waited(10, idle=True, shortest=90) == 0
+    assert waited(45, 40, idle=True) == 30  # the second began where the first ended
+    assert waited(10, idle=True, took=(90,)) == 0
     assert waited(10, idle=False) == 0
 
 
