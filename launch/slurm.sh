@@ -26,7 +26,7 @@ case "${1:-}" in -h|--help) sed -n '2,19s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 [ -n "${SLURM_JOB_ID:-}" ] || refuse "this is a job's script: sbatch [options of sbatch] launch/slurm.sh [arguments]"
 job=$SLURM_JOB_ID
 
-tasks=node command=
+tasks=node command=''
 if [ "${1:-}" = --tasks ]; then tasks=${2:-}; shift 2; fi
 case $tasks in node|gpu) ;; *) refuse "--tasks '$tasks': it is node or gpu" ;; esac
 args=("$@")
@@ -114,7 +114,7 @@ train_task='
   [ "$JAXMOE_TASKS" = gpu ] && export JAX_LOCAL_DEVICE_IDS=$SLURM_LOCALID
 '"$one_task"
 
-asked= p=
+asked='' p=''
 trap 'asked=yes; [ -n "$p" ] && kill -USR1 "$p" 2> /dev/null' USR1
 # scancel and preemption have sent SIGTERM to the tasks as well; srun itself would end all at once by it.
 trap 'asked=yes' TERM

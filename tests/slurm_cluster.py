@@ -179,7 +179,8 @@ class Cluster:
     def shown(self, job: str) -> Mapping[str, str]:
         """What scontrol knows of a job."""
         text = self.say("scontrol", "show", "job", "-o", job)
-        return dict(word.partition("=")[::2] for word in text.split() if "=" in word)
+        words = [word.split("=", 1) for word in text.split() if "=" in word]
+        return {name: value for name, value in words}
 
     def output(self, job: str) -> str:
         file = self.jobs / f"slurm-{job}.out"
