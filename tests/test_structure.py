@@ -33,6 +33,7 @@ FLOORS = {
             "transfer",
             "errors",
             "exits",
+            "outside",
         ),
         "forecast",
     ),
