@@ -31,6 +31,7 @@ from jaxmoe.config_run import (
 )
 from jaxmoe.config_types import LATER, Fraction, Natural, NonNegative, Positive, Strict
 from jaxmoe.errors import UserError
+from jaxmoe.outside import json_object, reading
 
 __all__ = ["Config", "apply_sets", "diff", "fingerprint", "from_json", "load", "replace"]
 
@@ -240,7 +241,7 @@ class OptimConfig(Strict):
     # reduce-scattered over `replica`, updates gathered (ZeRO stage 1, arXiv:1910.02054, section 5;
     # with train.accumulate stage 2: the sums of gradients are spread too).
     shard_over_replica: bool = False
-    lr: Annotated[float, Field(gt=0)] = 3e-3  # peak
+    lr: Annotated[float, Field(gt=1e-37)] = 3e-3  # peak; float32 has nothing smaller
     beta1: Fraction = 0.9
     beta2: Fraction = 0.95
     eps: Annotated[float, Field(gt=0)] = 1e-8
@@ -322,7 +323,9 @@ def load(spec: str) -> Config:
     """
     file, _, function = spec.partition(":")
     path = Path(file)
-    if not path.is_file():
+    with reading(f"--config {file}", "configs/ has some to start from"):
+        there = path.is_file()
+    if not there:
         raise UserError(f"--config {file}: no such file; configs/ has some to start from")
     if path.suffix == ".json":
         return _load_json(path)
@@ -341,13 +344,11 @@ def load(spec: str) -> Config:
 
 
 def _load_json(path: Path) -> Config:
+    tree = json_object(path, "give a run's config.json, or a config file")
     try:
-        tree = json.loads(path.read_text())
         return from_json(json.dumps(tree.get("config", tree)))
-    except UserError as error:
+    except (UserError, RecursionError) as error:
         raise UserError(f"--config {path}: {error}") from None
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"--config {path}: not a run's config: {error}") from None
 
 
 def apply_sets(config: Config, sets: Sequence[str]) -> Config:
@@ -429,9 +430,11 @@ def _literal(text: str) -> Any:
     if text.lower() in constants:
         return constants[text.lower()]
     try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+        value = ast.literal_eval(text)
+        json.dumps(value)  # bytes, sets and complex numbers are literals too, and no config's
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
+    return value
 
 
 def _choices(key: str) -> tuple[Any, ...]:

@@ -1,9 +1,10 @@
 """Rules of a config that span fields: what pydantic's types cannot say (config.py)."""
 
+import dataclasses
 import itertools
 
 from jaxmoe import attention_paths, stores
-from jaxmoe.config import Config, ModelConfig, RopeConfig
+from jaxmoe.config import Config, ModelConfig, RopeConfig, leaves
 from jaxmoe.curriculum import Shape, curriculum
 from jaxmoe.errors import UserError
 
@@ -11,6 +12,7 @@ from jaxmoe.errors import UserError
 def check(config: Config) -> None:
     """Rules that span fields. Device counts are checked where devices are known (mesh.py)."""
     m, mesh = config.model, config.mesh
+    _check_limits(config)
     _check_attention(m)
     attention_paths.check(m, config.data.document_mask, mesh.context > 1)
     _check_experts(m)
@@ -53,6 +55,21 @@ def _check_mirror(place: str) -> None:
         raise UserError(
             f"checkpoint.mirror={error}; give a folder as gs://, s3:// or file:///PATH"
         ) from None
+
+
+def _check_limits(config: Config) -> None:
+    """Of the counters on the device, and of names that the file system is asked for."""
+    for key, value in (
+        ("train.steps", config.train.steps),
+        ("optim.warmup_steps", config.optim.warmup_steps),
+    ):
+        _require(value < 2**31, f"{key}={value}: steps are counted in 31 bits; give fewer")
+    for key, value in leaves(dataclasses.asdict(config)):
+        for text in value if isinstance(value, tuple) else (value,):
+            fits = not isinstance(text, str) or (
+                text.isprintable() and all(len(p.encode()) <= 255 for p in text.split("/"))
+            )
+            _require(fits, f"{key}={text!r:.80}: too long for a name, or with control characters")
 
 
 def _check_shape(config: Config, shape: Shape) -> None:

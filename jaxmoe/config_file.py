@@ -13,6 +13,8 @@ from jaxmoe.errors import UserError
 
 def import_file(path: Path, option: str = "--config") -> Any:
     """Raises UserError with what went wrong in it; `option` is how the user named it."""
+    if path.suffix != ".py":
+        raise UserError(f"{option} {path}: a config is a Python file, named *.py")
     # Named by location, so that two files of the same stem do not collide in sys.modules.
     name = "jaxmoe_config_" + hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
     spec = importlib.util.spec_from_file_location(name, path)

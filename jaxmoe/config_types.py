@@ -6,8 +6,9 @@ from pydantic import ConfigDict, Field
 
 __all__ = ["LATER", "Fraction", "Natural", "NonNegative", "Positive", "Strict"]
 
-Positive = Annotated[int, Field(gt=0)]
-Natural = Annotated[int, Field(ge=0)]
+LARGEST = 2**53  # beyond it a float no longer counts by ones
+Positive = Annotated[int, Field(gt=0, lt=LARGEST)]
+Natural = Annotated[int, Field(ge=0, lt=LARGEST)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 
@@ -17,4 +18,4 @@ LATER: dict[str, Any] = {"later": True}
 
 
 class Strict:
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)

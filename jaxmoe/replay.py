@@ -26,6 +26,7 @@ from jaxmoe.config_check import check
 from jaxmoe.curriculum import curriculum
 from jaxmoe.data.opened import open_corpus
 from jaxmoe.errors import UserError
+from jaxmoe.outside import json_object, needed
 from jaxmoe.run import platform, record
 from jaxmoe.run.again import (
     Difference,
@@ -36,6 +37,7 @@ from jaxmoe.run.again import (
     rolled,
 )
 from jaxmoe.run.loop import Trainer
+from jaxmoe.run.meta import read as read_meta
 from jaxmoe.run.progress import Silent
 from jaxmoe.run.state import abstract_state, relaid, state_as_saved
 
@@ -140,7 +142,7 @@ def replay(run_dir: Path, step: int, bend: Bend | None = None) -> Replay:
     if not 1 <= step <= config.train.steps:
         raise UserError(f"--step {step}: the run has steps 1 to {config.train.steps}")
     checkpoint = checkpoint_before(run_dir, step - 1)
-    meta = json.loads((checkpoint / "meta" / "metadata").read_text())
+    meta = read_meta(checkpoint)
     platform.start(config)
     if jax.process_count() > 1:
         raise UserError("replay runs in one process; emulate the mesh, or give it all devices")
@@ -186,8 +188,8 @@ def replay(run_dir: Path, step: int, bend: Bend | None = None) -> Replay:
         with jax.set_mesh(other):
             new, _ = take(trainer(other), before.put(abstract_state(config, other)), step)
             elsewhere = [*differences(first, Snapshot.of(bend("elsewhere", new)))]
-    told = json.loads((run_dir / record.ENVIRONMENT).read_text())
-    alike = told["mesh"] == dict(mesh.shape) and "processes" not in told["devices"]
+    told = json_object(run_dir / record.ENVIRONMENT)
+    alike = told.get("mesh") == dict(mesh.shape) and "processes" not in str(told.get("devices"))
     alike = alike and saved == config_lib.as_dict(config)["mesh"]
     row, crashed, compared, unlike = _compared(run_dir, losses, replayed, step, same_mesh=alike)
     return Replay(
@@ -235,6 +237,9 @@ def _compared(
     """What the run recorded of the step, whether it crashed there, how many steps were compared,
     and the first that is not as replayed."""
     rows = {row["step"]: row for row in record.read_lines(run_dir / record.METRICS)}
+    for number in losses.keys() & rows.keys():
+        numbers = {"train/nll": (int, float), "train/grad_norm": (int, float)}
+        needed(rows[number], numbers, f"{run_dir / record.METRICS}, step {number}")
     close = 0.0 if same_mesh else ROUNDING
     alike = {
         n: math.isclose(rows[n]["train/nll"], losses[n], rel_tol=close)

@@ -103,10 +103,8 @@ def supervise(
 def furthest_step(run_dir: Path) -> int:
     """The largest step that was logged or saved; 0 where there is none."""
     steps = [0, *record.checkpoint_steps(run_dir)]
-    for row in record.read_lines(run_dir / record.METRICS)[-1:]:
-        steps.append(int(row["step"]))
-    for row in record.read_lines(run_dir / record.EVENTS)[-1:]:
-        steps.append(int(row["step"]))
+    for name in (record.METRICS, record.EVENTS):
+        steps += [row["step"] for row in record.read_lines(run_dir / name)[-1:]]
     return max(steps)
 
 

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         config = config_lib.apply_sets(config_lib.load(str(args.config)), args.set)
-        return run(config, _run_dir(args.run_dir, config), args.resume)
+        return run(config, record.run_dir(args.run_dir, config), args.resume)
     except UserError as error:
         print(f"jaxmoe.train: {error}", file=sys.stderr)
         return _leave(exits.MISTAKE)
@@ -148,10 +148,6 @@ def _parser() -> argparse.ArgumentParser:
         help="auto (default): go on with the run in the directory if there is one",
     )
     return parser
-
-
-def _run_dir(given: str | None, config: Config) -> Path:
-    return Path(given) if given else Path("runs") / config.name
 
 
 def _leave(code: int) -> int:

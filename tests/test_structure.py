@@ -34,6 +34,7 @@ FLOORS = {
             "transfer",
             "errors",
             "exits",
+            "outside",
         ),
         "forecast",
     ),

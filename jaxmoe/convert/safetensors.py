@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxmoe.errors import UserError
+from jaxmoe.outside import loads, plain_name
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"),
@@ -62,9 +63,12 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     index = folder / INDEX
     if index.is_file():
         try:
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            files = sorted(set(loads(index.read_text())["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{index}: not an index of safetensors files: {error}") from error
+        for file in files:
+            if not (isinstance(file, str) and plain_name(file)):
+                raise UserError(f"{index}: file {file!r} is not in the folder itself")
     else:
         files = sorted(f.name for f in folder.glob("*.safetensors"))
     if not files:
@@ -82,12 +86,14 @@ def _header(file: Path) -> Iterator[tuple[str, Tensor]]:
             size = file.stat().st_size
             if length > size:
                 raise ValueError(f"its header has {length} bytes, the file {size}")
-            header = json.loads(stream.read(length))
+            header = loads(stream.read(length))
         entries = [
-            (name, entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
+            (name, entry["dtype"], _naturals(entry["shape"]), *_naturals(entry["data_offsets"]))
             for name, entry in header.items()
             if name != "__metadata__"
         ]
+        if wrong := next((e for e in entries if len(e) != 5 or not isinstance(e[1], str)), None):
+            raise ValueError(f"{wrong[0]}: it needs dtype, shape and two data_offsets")
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
@@ -98,9 +104,16 @@ def _header(file: Path) -> Iterator[tuple[str, Tensor]]:
         dtype = DTYPES[kind]
         if 8 + length + end > size:
             raise UserError(f"{file}: cut off: {name} ends at byte {8 + length + end} of {size}")
-        if end - begin != dtype.itemsize * int(np.prod(shape, dtype=np.int64)):
+        if end - begin != dtype.itemsize * math.prod(shape):  # Python's numbers: no overflow
             raise UserError(f"{file}: {name} has {end - begin} bytes, which is not {shape} {dtype}")
         yield name, Tensor(file, dtype, shape, 8 + length + begin)
+
+
+def _naturals(values: Any) -> tuple[int, ...]:
+    """Raises ValueError unless all are whole numbers from 0."""
+    if not isinstance(values, list) or not all(type(n) is int and n >= 0 for n in values):
+        raise ValueError(f"{values!r:.80} is no list of whole numbers")
+    return tuple(values)
 
 
 @dataclass(frozen=True)

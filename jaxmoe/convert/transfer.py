@@ -20,6 +20,7 @@ from jaxmoe.convert.store import Store, copy_to
 from jaxmoe.data.tokenizer import SPECIALS
 from jaxmoe.errors import UserError
 from jaxmoe.model.lm import lm_specs
+from jaxmoe.outside import group, json_object, reading
 from jaxmoe.run.params import CONFIG, FORMAT, TOKENIZER, Params, open_params
 
 Progress = Callable[[str, int, int], None]  # name of a tensor, bytes done, bytes in all
@@ -120,7 +121,7 @@ def to_hf(
                     progress(name, done, total)
         if index is not None:
             (part / safetensors.INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        kept = {k: v for k, v in params.about.get("hf", {}).items() if k not in OUTDATED}
+        kept = {k: v for k, v in group(params.about, "hf").items() if k not in OUTDATED}
         written = {**kept, **hf, "dtype": types[0].name}
         if params.seq_len is not None:
             written["max_position_embeddings"] = params.seq_len
@@ -204,7 +205,8 @@ def _gathered(link: Link, dtype: np.dtype, params: Params) -> Iterator[np.ndarra
             rows = max(1, SLAB // max(1, view[:1].size))
             for start in range(0, len(view), rows):
                 stop = min(start + rows, len(view))
-                values = array[first + start : first + stop].read().result()
+                with reading(f"{params.where}: parameter {leaf}"):
+                    values = array[first + start : first + stop].read().result()
                 copy_to(view[start:stop], values)
         yield value
 
@@ -217,7 +219,12 @@ def _write_tokenizer(params: Params, to: Path, hf: dict[str, Any]) -> None:
     if source.is_dir():
         _carry(source, to)
         return
-    tokenizer = json.loads(source.read_text())
+    with reading(source):
+        _write_own_tokenizer(source, params.seq_len, to, hf)
+
+
+def _write_own_tokenizer(source: Path, seq_len: int | None, to: Path, hf: dict[str, Any]) -> None:
+    tokenizer = json_object(source)
     if tokenizer.get("kind") == "bytes":  # transformers has no such tokenizer
         return
     if tokenizer.get("kind") == "sentencepiece":
@@ -227,7 +234,7 @@ def _write_tokenizer(params: Params, to: Path, hf: dict[str, Any]) -> None:
     special = [t for t in tokenizer.get("added_tokens", []) if t.get("special")]
     ends = [t for t in special if t["content"] in SPECIALS["eot"]]
     end = (ends or special or [None])[0]
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": params.seq_len}
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": seq_len}
     if end is not None:
         about["eos_token"] = end["content"]
         hf["eos_token_id"] = hf["bos_token_id"] = end["id"]
@@ -263,15 +270,7 @@ def _carry(source: Path, to: Path) -> None:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text())
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{file}: {error}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{file}: it holds no JSON object")
-    return found
+    return json_object(file, "give a folder as transformers writes it")
 
 
 def _bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:

@@ -39,6 +39,7 @@ import numpy as np
 from jaxmoe.data.store import StoredSource
 from jaxmoe.data.tokenizer import Tokenizer
 from jaxmoe.errors import UserError
+from jaxmoe.outside import loads, needed, plain_name, reading
 
 __all__ = [
     "FORMAT",
@@ -63,6 +64,15 @@ MANIFEST = "manifest.json"
 SHARD_BYTES = 1 << 30
 OpenShard = Callable[[Path, np.dtype, Mapping[str, Any]], Any]
 Fetch = Callable[[Path], None]
+MEND = "build the data set again, or copy it whole"
+_DTYPES = ("<u2", "<u4")
+# What an entry of a source must have, and one of a held-out set besides.
+_ENTRY: dict[str, Any] = {
+    **{"tokens": int, "documents": int, "bytes": int, "shards": list},
+    **{"ends": str, "names": str, "domain": str, "fingerprint": str},
+}
+_SET = {"domains": dict, "text_fingerprint": str, "xz_bits_per_byte": float}
+_PARTS: dict[str, dict[str, Any]] = {"sources": {}, "heldout": _SET}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")  # no dot: file names add parts after one
 
 
@@ -91,13 +101,16 @@ class Names:
             raise IndexError(f"{self._path.name}: document {document} of {self._documents}")
         if self._raw is None:
             self._fetch(self._path)
-            raw = np.memmap(self._path, np.uint8, mode="r")
+            with reading(self._path, MEND):
+                raw = np.memmap(self._path, np.uint8, mode="r")
             self._lines = np.concatenate([[0], np.flatnonzero(raw == ord("\n")) + 1])
             self._raw = raw
         if len(self._lines) != self._documents + 1:
             raise UserError(f"{self._path}: {len(self._lines) - 1} lines, {self._documents} named")
         line = self._raw[self._lines[document] : self._lines[document + 1]]
-        return DocumentName(*json.loads(line.tobytes()))
+        with reading(f"{self._path}, line {document + 1}", MEND):
+            package, name, size = loads(line.tobytes())
+            return DocumentName(str(package), str(name), int(size))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -163,21 +176,17 @@ def open_data_set(
     if fetch:
         late |= {e[part] for e in trained for part in ("ends", "names")}
     for name, expected in files.items():
-        if Path(name).name != name:
-            raise UserError(f"{folder / MANIFEST}: file {name!r} is not in the folder itself")
         if name not in late:
             if fetch:
                 fetch(folder / name)
             _check(folder, name, expected, verify)
-    try:
+    with reading(folder / "tokenizer.json", MEND):
         tokenizer = Tokenizer((folder / "tokenizer.json").read_text())
-        dtype = np.dtype(manifest["tokenizer"]["dtype"])
+    with reading(folder / MANIFEST, MEND):
         own = open_shard or _map
         how = {"sources": own, "heldout": _map}
         bring = fetch or (lambda path: None)
-        opened = [_open(folder, manifest[part], dtype, files, how[part], bring) for part in how]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder / MANIFEST}: {error!r}; build the data set again") from None
+        opened = [_open(folder, manifest, part, tokenizer, how[part], bring) for part in how]
     return DataSet(
         folder=folder,
         manifest=manifest,
@@ -348,7 +357,7 @@ class _File:
 def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
+        manifest = loads(path.read_text())
     except FileNotFoundError:
         if ":/" in str(folder):  # what a Path leaves of ://
             raise UserError(f"{folder}: it is a URL; copy it to a disk to change it") from None
@@ -363,7 +372,38 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path}: format {found} is not {FORMAT}; build the data set again"
             + (", or if it is of the cache delete the folder" if found == 1 else "")
         )
+    _check_manifest(path, manifest)
     return manifest
+
+
+def _check_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Types of what is used, and names: they become paths that are read, written and removed.
+
+    Raises:
+        UserError: one is not as this package writes it.
+    """
+    needed(manifest, dict.fromkeys(("tokenizer", "files", *_PARTS, "overlap"), dict), path)
+    about = manifest["tokenizer"]
+    needed(about, {"fingerprint": str, "dtype": str}, f"{path}: tokenizer")
+    if about["dtype"] not in _DTYPES:
+        raise UserError(f"{path}: tokenizer dtype={about['dtype']!r}, not one of {_DTYPES}; {MEND}")
+    for name, row in manifest["files"].items():
+        if not plain_name(name):
+            raise UserError(f"{path}: file {name!r} is not in the folder itself")
+        where = f"{path}: file {name}"
+        needed({"it": row}, {"it": dict}, where)
+        needed(row, {"bytes": int, "sha256": str}, where)
+        if row["bytes"] < 0:
+            raise UserError(f"{where}: bytes={row['bytes']}; {MEND}")
+    for part, more in _PARTS.items():
+        for name, entry in manifest[part].items():
+            where = f"{path}: {part} {name!r}"
+            with reading(where, MEND):
+                check_name(name)
+                needed(entry, {**_ENTRY, **more}, where)
+                for file in (*entry["shards"], entry["ends"], entry["names"]):
+                    if file not in manifest["files"]:
+                        raise UserError(f"{where} names {file!r}, which is not of files; {MEND}")
 
 
 def _check(folder: Path, name: str, expected: Mapping[str, Any], verify: bool) -> None:
@@ -381,7 +421,8 @@ def _check(folder: Path, name: str, expected: Mapping[str, Any], verify: bool) -
 
 def _map_ends(path: Path, fetch: Fetch) -> np.ndarray:
     fetch(path)
-    return np.memmap(path, "<i8", mode="r")
+    with reading(path, MEND):
+        return np.memmap(path, "<i8", mode="r")
 
 
 def _map(path: Path, dtype: np.dtype, row: Mapping[str, Any]) -> np.ndarray:
@@ -390,20 +431,29 @@ def _map(path: Path, dtype: np.dtype, row: Mapping[str, Any]) -> np.ndarray:
 
 def _open(
     folder: Path,
-    entries: Mapping[str, Mapping[str, Any]],
-    dtype: np.dtype,
-    files: Mapping[str, Mapping[str, Any]],
+    manifest: Mapping[str, Any],
+    part: str,
+    tokenizer: Tokenizer,
     open_shard: OpenShard,
     fetch: Fetch,
 ) -> tuple[dict[str, StoredSource], dict[str, Names]]:
+    files, dtype = manifest["files"], np.dtype(manifest["tokenizer"]["dtype"])
     sources: dict[str, StoredSource] = {}
     names: dict[str, Names] = {}
-    for name, entry in entries.items():
+    for name, entry in manifest[part].items():
+        for file, width in (*((s, dtype.itemsize) for s in entry["shards"]), (entry["ends"], 8)):
+            if files[file]["bytes"] % width:
+                raise UserError(f"{folder / file}: its size is not of whole numbers; {MEND}")
         shards = [open_shard(folder / s, dtype, files[s]) for s in entry["shards"]]
         ends = partial(_map_ends, folder / entry["ends"], fetch)
         documents = files[entry["ends"]]["bytes"] // 8
         sources[name] = StoredSource(
-            name, shards, ends if documents else np.empty(0, np.int64), entry["domain"], documents
+            name,
+            shards,
+            ends if documents else np.empty(0, np.int64),
+            entry["domain"],
+            documents,
+            tokenizer.vocab_size,
         )
         names[name] = Names(folder / entry["names"], entry["documents"], fetch)
         found = (sources[name].tokens, sources[name].documents)

@@ -7,11 +7,12 @@ import ast
 import html.parser
 import inspect
 import itertools
-import json
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+from jaxmoe.outside import loads
 
 __all__ = ["EXTRACT", "Malformed", "decode", "inflate", "split_python"]
 
@@ -290,7 +291,7 @@ def _dictionary(data: bytes) -> list[tuple[str, str]]:
 
 def _json(data: bytes) -> dict[str, Any]:
     try:
-        tree = json.loads(data)
+        tree = loads(data)
     except ValueError:
         raise Malformed("not JSON") from None
     if not isinstance(tree, dict):

@@ -7,11 +7,13 @@ file is written under a name that an archive chose.
 import hashlib
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -66,7 +68,20 @@ def fetch(pins: Sequence[Pin], folder: Path, scratch: Path) -> dict[Pin, Path]:
 
 
 def members(path: Path) -> tuple[list[Member], int]:
-    """(regular files in a wheel, zip or tar, sorted by name; how many have names that lead out)."""
+    """(regular files in a wheel, zip or tar, sorted by name; how many have names that lead out).
+
+    Raises:
+        UserError: it is no such archive, or its index is damaged.
+    """
+    try:
+        return _members(path)
+    except (OSError, ValueError, EOFError, zlib.error, struct.error, NotImplementedError) as error:
+        raise UserError(f"{path}: not a whole archive: {error}; fetch it again") from None
+    except (tarfile.TarError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: not a whole archive: {error}; fetch it again") from None
+
+
+def _members(path: Path) -> tuple[list[Member], int]:
     found: list[Member] = []
     hostile = 0
     if path.suffix == ".tar":
@@ -94,7 +109,8 @@ def members(path: Path) -> tuple[list[Member], int]:
 def inside(name: str) -> bool:
     """Whether a member's name stays below the folder that it would be put in."""
     path = PurePosixPath(name.replace("\\", "/"))
-    return not (path.is_absolute() or ".." in path.parts or ":" in path.parts[0])
+    leads = path.is_absolute() or ".." in path.parts or ":" in "".join(path.parts[:1])
+    return bool(path.parts) and "\0" not in name and not leads
 
 
 def read_member(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:

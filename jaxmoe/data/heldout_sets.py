@@ -23,7 +23,9 @@ import numpy as np
 from jaxmoe.data.corpus import Corpus, HeldOut, Texts
 from jaxmoe.data.damage import Guard
 from jaxmoe.data.dataset import (
+    MEND,
     DataSet,
+    Names,
     SourceWriter,
     check_name,
     open_data_set,
@@ -31,9 +33,11 @@ from jaxmoe.data.dataset import (
 )
 from jaxmoe.data.heldout_text import Found
 from jaxmoe.data.sources import Document
+from jaxmoe.data.store import StoredSource
 from jaxmoe.data.texts import Decoder, add_documents, document_texts
 from jaxmoe.data.tokenizer import Tokenizer
 from jaxmoe.errors import UserError
+from jaxmoe.outside import reading
 
 __all__ = [
     "STRICT",
@@ -258,6 +262,13 @@ def _opened(data: DataSet, name: str) -> HeldOut:
         data.heldout[name],
         data.heldout_names[name],
     )
+    with reading(f"{data.folder}: held-out set {name!r}", MEND):
+        return _of_entry(data, name, entry, source, names)
+
+
+def _of_entry(
+    data: DataSet, name: str, entry: Mapping[str, Any], source: StoredSource, names: Names
+) -> HeldOut:
     domains = {}
     first = 0
     for domain, about in entry["domains"].items():

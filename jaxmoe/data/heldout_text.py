@@ -3,10 +3,10 @@
 import gzip
 import hashlib
 import io
-import json
 import re
 import subprocess
 import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxmoe.data import sources
+from jaxmoe.data.fetch import inside
 from jaxmoe.data.sources import Document, Unreadable
 from jaxmoe.errors import UserError
+from jaxmoe.outside import loads, reading
 
 __all__ = ["Found", "from_git", "from_packages", "from_path", "read_pins"]
 
@@ -121,11 +123,16 @@ def read_pins(path: str | Path) -> dict[str, str]:
     if not file.is_file():
         raise UserError(f"{path}: no such file; sha256sum writes one")
     pins = {}
-    for number, line in enumerate(file.read_text().splitlines(), 1):
+    with reading(file):
+        text = file.read_text()
+    for number, line in enumerate(text.splitlines(), 1):
         found = re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line)
         if not found:
             raise UserError(f"{path}: line {number} is not a SHA-256, two spaces and a path")
-        pins[found[2].removeprefix("./")] = found[1]
+        name = found[2].removeprefix("./")
+        if not inside(name):
+            raise UserError(f"{path}: line {number}: {name!r} leads out of the folder")
+        pins[name] = found[1]
     return pins
 
 
@@ -203,7 +210,7 @@ def _records(
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = loads(line)
         except ValueError:
             record = None
         if not isinstance(record, dict):
@@ -235,13 +242,20 @@ def _text(record: dict[str, Any], fields: Sequence[str], where: str) -> str:
 
 def _unpacked(name: str, data: bytes) -> bytes:
     if name.endswith(".gz"):
-        return gzip.decompress(data)
+        with reading(name, "give the whole file"):
+            try:
+                return gzip.decompress(data)
+            except (EOFError, zlib.error) as error:
+                raise ValueError(f"damaged: {error}") from None
     if name.endswith(".zst"):
         try:
             import zstandard
         except ImportError:
             raise UserError(f"{name}: needs zstandard: pip install zstandard") from None
-        return zstandard.ZstdDecompressor().decompressobj().decompress(data)
+        try:
+            return zstandard.ZstdDecompressor().decompressobj().decompress(data)
+        except zstandard.ZstdError as error:
+            raise UserError(f"{name}: damaged: {error}; give the whole file") from None
     return data
 
 

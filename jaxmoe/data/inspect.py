@@ -23,6 +23,7 @@ from jaxmoe.data.loader import Stream
 from jaxmoe.data.mixture import Mixture
 from jaxmoe.data.store import Source
 from jaxmoe.errors import UserError
+from jaxmoe.outside import group, json_object, loads
 
 __all__ = ["add_parser", "config_of", "run", "sequences"]
 
@@ -64,8 +65,8 @@ def config_of(args: argparse.Namespace) -> Config:
         if not file.is_file():
             raise UserError(f"{args.run_dir} holds no run: there is no config.json in it")
         try:
-            config = from_json(json.dumps(json.loads(file.read_text())["config"]))
-        except (ValueError, KeyError, TypeError) as error:
+            config = from_json(json.dumps(loads(file.read_text())["config"]))
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{file}: not a run's config: {error}") from None
     config = apply_sets(config, args.set)
     check(config)
@@ -200,7 +201,7 @@ def _check_data(corpus: Corpus, run_dir: str | None) -> None:
     file = Path(run_dir or "") / "environment.json"
     if run_dir is None or not file.is_file():
         return
-    before = json.loads(file.read_text()).get("data", {}).get("fingerprint")
+    before = group(json_object(file), "data").get("fingerprint")
     if before not in (None, corpus.fingerprint):
         raise UserError(
             f"{run_dir}: it was trained on other data ({before}) than there is now"

@@ -1,6 +1,5 @@
 """The data of a run: a folder of text, tokenised into the cache, or a data set that was built."""
 
-import json
 from pathlib import Path
 
 from jaxmoe.config import Config
@@ -13,6 +12,7 @@ from jaxmoe.data.heldout_sets import corpus_of
 from jaxmoe.data.remote import is_url, open_remote
 from jaxmoe.data.verify import verify as verify_files
 from jaxmoe.errors import UserError
+from jaxmoe.outside import loads
 
 __all__ = ["is_data_set", "open_corpus"]
 
@@ -52,7 +52,7 @@ def _verify(path: str, report: Report | None) -> None:
 def is_data_set(folder: Path) -> bool:
     """Whether its manifest is of one, whatever the format: `open_data_set` says if it is old."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = loads((folder / MANIFEST).read_text())
     except (OSError, ValueError):
         return False
     return isinstance(manifest, dict) and {"format", "files"} <= manifest.keys()

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxmoe.errors import UserError
+from jaxmoe.outside import loads
 
 __all__ = ["PATTERNS", "byte_level", "encoding", "parse", "spelt", "to_json", "to_ranks", "write"]
 
@@ -70,7 +71,7 @@ def encoding(text: str) -> Any:
         import tiktoken
     except ImportError:
         return None
-    tree = json.loads(text)
+    tree = loads(text)
     pattern = _pattern(tree.get("pre_tokenizer"))
     if not byte_level(tree) or pattern not in PATTERNS.values():
         return None
@@ -78,10 +79,12 @@ def encoding(text: str) -> Any:
         return None  # `tokenizers` finds the others in text
     assert pattern is not None
     ranks = to_ranks(tree)
-    if ranks is None:
+    specials = _added(tree)
+    ids = [*(ranks or {}).values(), *specials.values()]
+    if ranks is None or len(set(ids)) != len(ids):  # tiktoken panics where two tokens have one id
         return None
     return tiktoken.Encoding(
-        "jaxmoe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=_added(tree)
+        "jaxmoe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials
     )
 
 

@@ -1,7 +1,6 @@
 """Documents out of pieces. What cannot be read is said, with a reason, and never fatal here."""
 
 import functools
-import json
 import re
 import zipfile
 import zlib
@@ -14,6 +13,7 @@ from jaxmoe.data import fetch, sources
 from jaxmoe.data.extract import EXTRACT, MIN_PROSE, Malformed, decode, inflate, split_python
 from jaxmoe.data.pieces import Piece
 from jaxmoe.errors import UserError
+from jaxmoe.outside import loads
 
 __all__ = ["Fault", "Text", "read_piece", "record_count", "row_groups", "unpack"]
 
@@ -139,10 +139,11 @@ def _bytes(piece: Piece) -> bytes:
     if piece.path.endswith(".tar"):
         with open(piece.path, "rb") as stream:
             stream.seek(piece.start)
-            return stream.read(piece.stop - piece.start)
+            # Its header may claim more than there is: so much would be set aside before it is read.
+            return stream.read(min(piece.stop - piece.start, MAX_DOCUMENT + 1))
     try:
         return fetch.read_member(_archive(piece.path), piece.name, MAX_DOCUMENT)
-    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, RuntimeError):
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, RuntimeError, ValueError):
         raise Malformed("damaged archive member") from None
 
 
@@ -169,7 +170,7 @@ def _lines(piece: Piece) -> Iterator[Text | Fault]:
 
 def _line(piece: Piece, name: str, line: bytes) -> Text | Fault:
     try:
-        row = json.loads(line)
+        row = loads(line)
     except (ValueError, RecursionError):
         return _fault(piece, name, "not JSON")
     if not isinstance(row, dict):

@@ -172,8 +172,10 @@ def _fetch(store: Store, path: Path, row: Mapping[str, Any]) -> None:
 
     def parts() -> Iterator[bytes]:
         for part in store.parts(path.name, row["bytes"]):
-            sha256.update(part or b"")
-            yield part or b""
+            if part is None:  # however many more the manifest claims
+                break
+            sha256.update(part)
+            yield part
         if sha256.hexdigest() != row["sha256"]:
             raise UserError(f"{store.url}{path.name} is not as it was written; copy it there again")
 

@@ -12,7 +12,12 @@ from typing import Protocol
 
 import numpy as np
 
+from jaxmoe.errors import UserError
+
 __all__ = ["Row", "Source", "StoredSource"]
+
+
+_LOST = -1  # a token of a damaged shard that is skipped (damage.py)
 
 
 class Source(Protocol):
@@ -66,9 +71,12 @@ class StoredSource:
         ends: np.ndarray | Callable[[], np.ndarray],
         domain: str = "",
         documents: int | None = None,
+        ids: int | None = None,
     ) -> None:
         """`shards`: the row of tokens, cut anywhere. `ends`: int64 [documents], ascending; or what
-        opens them when they are first needed, and then how many `documents` there are."""
+        opens them when they are first needed, and then how many `documents` there are. `ids`: under
+        which every token is; looked at in what is read, since a lookup would clip it silently."""
+        self._ids = ids
         self.name, self.domain = name, domain
         self._shards = tuple(_plain(shard) for shard in shards)
         self._open_ends = ends if callable(ends) else lambda: ends
@@ -99,13 +107,25 @@ class StoredSource:
             out[filled : filled + len(part)] = part
             filled += len(part)
             shard += 1
+        if self._ids is not None and len(out) and (out.max() >= self._ids or out.min() < _LOST):
+            wrong = int(out.max()) if out.max() >= self._ids else int(out.min())
+            raise UserError(
+                f"source {self.name!r}: token {wrong} between {start} and {stop}, and its tokenizer"
+                f" has {self._ids} ids; build the data set again, or copy it whole"
+            )
         return out
 
     def bounds(self, document: int) -> tuple[int, int]:
         if not 0 <= document < self.documents:
             raise IndexError(f"{self.name}: document {document} of {self.documents}")
         start = int(self._ends[document - 1]) if document else 1
-        return start, int(self._ends[document])
+        end = int(self._ends[document])
+        if not 0 < start < end <= self.tokens:
+            raise UserError(
+                f"source {self.name!r}: document {document} is of tokens {start} to {end} of"
+                f" {self.tokens}; build the data set again, or copy it whole"
+            )
+        return start, end
 
     def find(self, token: int) -> int:
         return int(self._ends.searchsorted(token, "right")) if token else -1

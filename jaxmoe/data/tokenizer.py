@@ -7,7 +7,6 @@ the `tokenizers` library, or {"kind": "bytes"}, or {"kind": "sentencepiece", "mo
 
 import base64
 import hashlib
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ import numpy as np
 
 from jaxmoe.data import ranks
 from jaxmoe.errors import UserError
+from jaxmoe.outside import loads
 
 __all__ = ["EOT", "SPECIALS", "Tokenizer", "bytes_tokenizer", "train_bpe"]
 
@@ -31,6 +31,7 @@ SPECIALS = {
     "fim_middle": ("<|fim_middle|>", "<fim_middle>", "<\uff5cfim\u2581end\uff5c>", "[MIDDLE]"),
     "fim_suffix": ("<|fim_suffix|>", "<fim_suffix>", "<\uff5cfim\u2581hole\uff5c>", "[SUFFIX]"),
 }
+MOST_IDS = 1 << 24
 _BYTES_JSON = '{"kind": "bytes"}'
 # GPT-4's split, made for code: whitespace with a line end in it, indentation included, is one
 # piece. No rule for 's and 'll: the letters' rule takes a quote along, and f'self' stays whole.
@@ -56,7 +57,16 @@ class Tokenizer:
         self.json = text
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
         self.threads: int | None = None
-        tree = json.loads(text)
+        try:
+            self._read(text)
+        except UserError:
+            raise
+        except Exception as error:  # `tokenizers` raises Exception itself, and others by the value
+            said = f"{type(error).__name__}: {error}"
+            raise UserError(f"not a tokenizer that can be read ({said[:300]})") from None
+
+    def _read(self, text: str) -> None:
+        tree = loads(text)
         self._bpe: Any = None
         self._pieces: Any = None
         self._fast: Any = None
@@ -74,6 +84,8 @@ class Tokenizer:
             self._bpe.encode_special_tokens = True  # the characters <|eot|> are text like any other
             ids = self._bpe.get_vocab(with_added_tokens=True)
             self.vocab_size, self.specials = max(ids.values()) + 1, _roles(ids)
+        if self.vocab_size > MOST_IDS:
+            raise UserError(f"an id of {self.vocab_size - 1}: there are tables of all ids below it")
         self.eot: int = self.specials["eot"]
         self.dtype = np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
 
@@ -115,7 +127,7 @@ class Tokenizer:
         if not self.exact:
             return None
         found = [b""] * self.vocab_size
-        for token, i in ranks.spelt(json.loads(self.json)).items():
+        for token, i in ranks.spelt(loads(self.json)).items():
             found[i] = token
         return found
 

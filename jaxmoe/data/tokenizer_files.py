@@ -10,6 +10,7 @@ from typing import Any
 from jaxmoe.data import ranks
 from jaxmoe.data.tokenizer import SPECIALS, Tokenizer, bytes_tokenizer, learn
 from jaxmoe.errors import UserError
+from jaxmoe.outside import loads, needed, reading
 
 __all__ = ["DEFAULT", "load_tokenizer", "save_tokenizer", "train_tokenizer"]
 
@@ -40,8 +41,9 @@ def load_tokenizer(name: str) -> Tokenizer:
     if path.suffix == ".tiktoken":
         return _from_ranks(path)
     if path.suffix == ".model":
-        model = base64.b64encode(path.read_bytes()).decode()
-        return Tokenizer(json.dumps({"kind": "sentencepiece", "model": model}))
+        with reading(path):
+            model = base64.b64encode(path.read_bytes()).decode()
+        return _named(json.dumps({"kind": "sentencepiece", "model": model}), path)
     return _from_json(path)
 
 
@@ -55,7 +57,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     if vocab_size < least:
         raise UserError(f"--vocab-size {vocab_size}: bytes and special tokens need {least}")
     bpe = learn(texts, vocab_size - len(ROLES), ranks.PATTERNS[PATTERN], [], _LONGEST)
-    tree = json.loads(bpe.to_str())
+    tree = loads(bpe.to_str())
     learnt = ranks.to_ranks(tree)
     assert learnt is not None, "the trainer's merges are in the order of its ids"
     if len(learnt) < vocab_size - len(ROLES):
@@ -73,7 +75,7 @@ def save_tokenizer(tokenizer: Tokenizer, path: Path, recipe: dict[str, Any]) -> 
     if path.suffix != ".tiktoken":
         path.write_text(tokenizer.json)
         return
-    tree = json.loads(tokenizer.json)
+    tree = loads(tokenizer.json)
     learnt = ranks.to_ranks(tree) if ranks.byte_level(tree) else None
     if learnt is None:
         raise UserError(f"{path}: a {tokenizer.kind} tokenizer has no ranks; name it *.json")
@@ -100,15 +102,19 @@ def _from_ranks(path: Path) -> Tokenizer:
     beside = _beside(path)
     mend = f'write it: {{"pattern": "gpt4", "specials": {{"{SPECIALS["eot"][1]}": 100257}}}}'
     try:
-        about = json.loads(beside.read_text())
+        about = loads(beside.read_text())
         pattern, specials = str(about["pattern"]), dict(about["specials"])
     except FileNotFoundError:
         raise UserError(f"{path} needs {beside.name}, how text is split; {mend}") from None
-    except (ValueError, KeyError, TypeError) as error:
+        needed(specials, dict.fromkeys(specials, int), beside)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{beside}: {error!r}; {mend}") from None
-    found = ranks.parse(path.read_bytes(), str(path))
-    pattern = ranks.PATTERNS.get(pattern, pattern)
-    tokenizer = Tokenizer(ranks.to_json(found, pattern, specials, str(path)))
+    with reading(path):
+        found = ranks.parse(path.read_bytes(), str(path))
+        text = ranks.to_json(found, ranks.PATTERNS.get(pattern, pattern), specials, str(path))
+    tokenizer = _named(text, path)
     expected = about.get("fingerprint", tokenizer.fingerprint)
     if tokenizer.fingerprint != expected:
         raise UserError(f"{path} has changed: {beside.name} has fingerprint {expected}")
@@ -121,14 +127,17 @@ def _beside(path: Path) -> Path:
 
 
 def _from_json(path: Path) -> Tokenizer:
+    with reading(path, "give a tokenizer.json, a *.tiktoken or a sentencepiece *.model"):
+        return _named(path.read_text(), path)
+
+
+def _named(text: str, path: Path) -> Tokenizer:
+    """Raises UserError with the file."""
     try:
-        return Tokenizer(path.read_text())
+        return Tokenizer(text)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except Exception as error:  # the library raises Exception itself, with what it could not read
-        raise UserError(
-            f"{path}: {error}; give a tokenizer.json, a *.tiktoken or a sentencepiece *.model"
-        ) from None
+        mend = "give a tokenizer.json, a *.tiktoken or a sentencepiece *.model"
+        raise UserError(f"{path}: {error}; {mend}") from None
 
 
 def _specials(first: int) -> dict[str, int]:

@@ -18,6 +18,7 @@ from jaxmoe.data.bars import bars
 from jaxmoe.data.dataset import MANIFEST
 from jaxmoe.data.remote import Store, is_url
 from jaxmoe.errors import UserError
+from jaxmoe.outside import loads, needed, plain_name
 
 __all__ = ["Verdict", "add_parser", "run", "verify"]
 
@@ -102,12 +103,18 @@ def _files(folder: Path, store: Store | None) -> dict[str, Mapping[str, Any]]:
         text = Path(path).read_bytes() if store is None else store.whole(MANIFEST)
         if text is None:
             raise FileNotFoundError
-        files = json.loads(text)["files"]
-        return {str(name): {"bytes": int(row["bytes"]), **row} for name, row in files.items()}
+        files = loads(text)["files"]
+        for name, row in files.items():
+            if not plain_name(name):
+                raise ValueError(f"file {name!r} is not in the folder itself")
+            needed(row, {"bytes": int, "sha256": str}, f"{path}: file {name}")
+        return files
     except FileNotFoundError:
         raise UserError(
             f"{store.url if store else folder}: no {MANIFEST} in it; give the folder of a data set"
         ) from None
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: {error!r}; build the data set again") from None
 

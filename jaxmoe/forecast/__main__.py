@@ -25,6 +25,7 @@ from jaxmoe.forecast.ladder_register import register_target
 from jaxmoe.forecast.pass_register import PASS_RATES
 from jaxmoe.forecast.register import FORECASTS
 from jaxmoe.forecast.register_beside import read_schedule
+from jaxmoe.outside import group, json_object
 
 EXAMPLES = """examples:
   python -m jaxmoe.forecast verify runs/tiny
@@ -98,7 +99,7 @@ def _register(args: argparse.Namespace) -> int:
 
     config = apply_sets(load(args.target), args.set)
     check(config)
-    run_dir = args.run_dir or Path("runs") / config.name
+    run_dir = record.run_dir(args.run_dir, config)
     record.check_directory(run_dir, config, "auto")
     shown: set[str] = set()
 
@@ -199,7 +200,7 @@ def load_run(folder: Path, *, eval_set: str | None = None) -> Run:
     print_of_set = chosen[-1]["set_fingerprint"]
     end = schedule.steps
     steps, loss = register.observations(chosen, set_fingerprint=print_of_set, until=end)
-    title = config.get("name") or config.get("config", {}).get("name") or folder.name
+    title = config.get("name") or group(config, "config").get("name") or folder.name
     return Run(
         schedule=schedule, steps=np.array(steps, np.int64), loss=np.array(loss), name=str(title)
     )
@@ -214,13 +215,7 @@ def _folder(path: Path) -> Path:
 def _object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; the trainer writes it when a run starts")
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); restore the file") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: a {type(value).__name__}, not a JSON object; restore the file")
-    return value
+    return json_object(path, "restore the file")
 
 
 if __name__ == "__main__":

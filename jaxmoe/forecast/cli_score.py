@@ -12,6 +12,7 @@ from jaxmoe.errors import UserError
 from jaxmoe.forecast import register
 from jaxmoe.forecast.picture import check_picture, write_picture
 from jaxmoe.forecast.score import BINS, Score, Summary, score, summarise
+from jaxmoe.outside import reading
 
 __all__ = ["show_scores"]
 
@@ -57,7 +58,8 @@ def _of(run: Path) -> list[Score]:
     if problems:
         raise UserError(f"{run}: not scoring a damaged register: {problems[0]}")
     try:
-        return score(register.read(path))
+        with reading("its register"):
+            return score(register.read(path))
     except UserError as error:
         raise UserError(f"{run}: {error}") from None
 

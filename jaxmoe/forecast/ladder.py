@@ -19,6 +19,7 @@ from jaxmoe.errors import UserError
 from jaxmoe.forecast.curve import Run, Schedule
 from jaxmoe.forecast.points import Points
 from jaxmoe.forecast.register_beside import when
+from jaxmoe.outside import loads, reading
 
 __all__ = ["COMMON", "Ladder", "Target", "read_ladder", "record_sha256"]
 
@@ -166,11 +167,13 @@ def _rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the records of a ladder")
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    with reading(path):
+        text = path.read_text()
+    for number, line in enumerate(text.splitlines(), 1):
         where = f"{path}: line {number}"
         if line.strip():
             try:
-                row = json.loads(line)
+                row = loads(line)
             except ValueError as error:
                 raise UserError(f"{where} is not JSON ({error}); mend it") from None
             if not isinstance(row, dict):

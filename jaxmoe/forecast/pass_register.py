@@ -19,6 +19,7 @@ from jaxmoe.forecast import register
 from jaxmoe.forecast.pass_rate import PassLaw, mean_log_pass
 from jaxmoe.forecast.provenance import code_fingerprint
 from jaxmoe.forecast.register import LEVELS
+from jaxmoe.outside import loads, reading
 
 __all__ = [
     "PASS_RATES",
@@ -74,7 +75,9 @@ def read_counts(path: str | Path) -> Counts:
     if not path.is_file():
         raise UserError(f"{path}: no such file; give JSON lines of {', '.join(NEEDED)}")
     table: dict[float, dict[tuple[str, str], tuple[int, int]]] = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    with reading(path):
+        text = path.read_text()
+    for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
             flops, task, counts = _row(f"{path}: line {number}", line)
             if task in table.setdefault(flops, {}):
@@ -230,7 +233,7 @@ def _quantiles(counts: Counts, bucket: str, flops: float) -> dict[str, float]:
 
 def _row(where: str, line: str) -> tuple[float, tuple[str, str], tuple[int, int]]:
     try:
-        row = json.loads(line)
+        row = loads(line)
         flops, solved, tries = float(row["compute"]), row["passes"], row["tries"]
         task = (str(row["bucket"]), str(row["task"]))
     except (ValueError, KeyError, TypeError) as error:

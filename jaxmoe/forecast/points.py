@@ -5,7 +5,6 @@ float64: 6 * N * D of a large run overflows int64.
 """
 
 import csv
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from numpy.typing import ArrayLike
 
 from jaxmoe.errors import UserError
 from jaxmoe.forecast.curve import Floats
+from jaxmoe.outside import loads, reading
 
 __all__ = ["MIN_BUDGETS", "MIN_DECADES", "Points", "read_points", "refuse_thin"]
 
@@ -85,6 +85,15 @@ class Points:
 
         d = given(tokens, np.full(size, np.nan), "tokens")
         y = given(loss, np.full(size, np.nan), "loss")
+        for name, values, most in (
+            ("params_active", n, 1e60),
+            ("tokens", d, 1e60),
+            ("loss", y, 1e6),
+        ):
+            high = np.flatnonzero(np.isfinite(values) & (values > most))
+            if high.size:  # a slip of the pen; its powers would be no numbers
+                found = f"{name}={values[high[0]]:g} of run {high[0] + 1}"
+                raise UserError(f"{found}: no run has more than {most:g}; mend the record")
         names = np.array([""] * size if router is None else list(router), dtype=str)
         if names.shape != (size,):
             raise UserError(f"router: {names.size} values for {size} runs; give one a run")
@@ -208,14 +217,16 @@ ALIASES = {"params_active": ("params_active", "params")}
 
 
 def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    text = path.read_text()
+    with reading(path):
+        text = path.read_text()
     if not text.lstrip().startswith("{"):
-        yield from csv.DictReader(text.splitlines())
+        with reading(path):
+            yield from csv.DictReader(text.splitlines())
         return
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
             try:
-                row = json.loads(line)
+                row = loads(line)
             except ValueError as error:
                 raise UserError(f"{path}: line {number} is not JSON ({error}); mend it") from None
             if not isinstance(row, dict):
@@ -229,7 +240,7 @@ def _number(row: Mapping[str, Any], name: str) -> float:
         if value is not None and value != "":
             try:
                 return float(value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 raise UserError(f"{key}={value!r} is not a number; mend the record") from None
     return float("nan")
 

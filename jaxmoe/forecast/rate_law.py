@@ -6,7 +6,6 @@ sizes a power law. Intervals come from refits of losses drawn anew around the pa
 noise that the points of all sizes show around them.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from jaxmoe.errors import UserError
+from jaxmoe.outside import loads, reading
 
 __all__ = ["Optimum", "PowerLaw", "fit_optima", "fit_power_law", "read_sweep"]
 
@@ -60,14 +60,20 @@ def read_sweep(path: Path, size: str, swept: str = "lr", loss: str = "loss") -> 
     if not path.is_file():
         raise UserError(f"{path}: no such file; benchmarks/transfer.py writes one")
     found: dict[float, list[tuple[float, float]]] = {}
-    for number, text in enumerate(path.read_text().splitlines(), start=1):
+    with reading(path):
+        text = path.read_text()
+    for number, row in enumerate(text.splitlines(), start=1):
         try:
-            line = json.loads(text)
+            line = loads(row)
             point = (float(line[size]), float(line[swept]), float(line[loss]))
-        except (ValueError, KeyError, TypeError) as error:
+            if not (point[0] > 0 and point[1] > 0):
+                raise ValueError(f"{size}={point[0]:g}, {swept}={point[1]:g}: give sizes above 0")
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise UserError(f"{path}, line {number}: {type(error).__name__}: {error}") from None
         if all(map(math.isfinite, point)):
             found.setdefault(point[0], []).append(point[1:])
+    if not found:
+        raise UserError(f"{path}: no run with a finite loss in it")
     return found
 
 

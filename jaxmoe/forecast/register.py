@@ -32,6 +32,7 @@ from jaxmoe.forecast.register_beside import (
     read_evals,
     run_problems,
 )
+from jaxmoe.outside import loads
 
 __all__ = [
     "FORECASTS",
@@ -109,7 +110,7 @@ def append(path: str | Path, record: Mapping[str, Any]) -> dict[str, Any]:
         problems = _chain_problems(lines, torn) + _anchor_problems(path, lines)
         if problems:
             raise UserError(f"{path}: not appending to a damaged register: {problems[0]}")
-        if lines and json.loads(lines[-1])["kind"] in CLOSING:
+        if lines and loads(lines[-1])["kind"] in CLOSING:
             raise UserError(f"{path}: closed by the outcome in line {len(lines)}; start a new run")
         _check_correction(record, lines)
         written = {
@@ -204,7 +205,7 @@ def repair_torn(path: str | Path) -> bool:
         UserError: the anchor vouches for the torn line, so it is damage, not an unfinished append.
     """
     path = Path(path)
-    if not path.exists():
+    if not path.is_file():
         return False
     with open(path, "r+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -305,7 +306,7 @@ def _check_correction(record: Mapping[str, Any], lines: Sequence[bytes]) -> None
         return
     index, reason = record["corrects"], record.get("reason")
     known = type(index) is int and 0 <= index < len(lines)
-    kind = json.loads(lines[index])["kind"] if known else None
+    kind = loads(lines[index])["kind"] if known else None
     if kind != record["kind"]:
         raise UserError(f"corrects={index!r}: no {record['kind']} is there with that index")
     if not isinstance(reason, str) or not reason.strip():
@@ -363,7 +364,7 @@ def _read_anchor(path: Path) -> _Anchor | None:
     file = anchor_path(path)
     if not file.exists():
         return None
-    value = parsed(file.read_bytes()) or {}
+    value = (parsed(file.read_bytes()) if file.is_file() else None) or {}
     count, head = value.get("count"), value.get("head")
     if not isinstance(count, int) or not isinstance(head, str):
         return _Anchor(count=-1, head="")
@@ -426,7 +427,7 @@ def _line_problems(number: int, record: Mapping[str, Any], previous: str) -> lis
         else:
             what = f"its `previous` is not the hash of line {number - 1}: one of them was changed"
         problems.append(Problem(line=number, what=what))
-    if record.get("kind") not in FIELDS:
+    if record.get("kind") not in [*FIELDS]:  # it may be of any type
         problems.append(Problem(line=number, what=f"unknown kind {record.get('kind')!r}"))
     return problems
 

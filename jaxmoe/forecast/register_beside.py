@@ -4,7 +4,6 @@ All are read as plain JSON: a register can be verified where no jax is.
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -15,6 +14,7 @@ import numpy as np
 
 from jaxmoe.errors import UserError
 from jaxmoe.forecast.curve import Schedule, canonical_observations
+from jaxmoe.outside import finite, json_object, loads, reading
 
 __all__ = [
     "checkpoint_heads",
@@ -44,12 +44,22 @@ def read_evals(path: str | Path) -> list[dict[str, Any]]:
     *lines, _ = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         row = parsed(line)
-        if row is None or not {"step", "tokens", "set", "set_fingerprint", "nll"} <= row.keys():
+        if row is None or not _is_eval(row):
             raise UserError(
                 f"{path}: line {number} is no eval: step, tokens, set, set_fingerprint, nll"
             )
         rows.append(row)
     return rows
+
+
+def _is_eval(row: Record) -> bool:
+    """Its values are compared and summed from here on."""
+    if not {"step", "tokens", "set", "set_fingerprint", "nll"} <= row.keys():
+        return False
+    words = isinstance(row["set"], str) and isinstance(row["set_fingerprint"], str)
+    loss = row["nll"]  # not finite: of a run that diverged
+    fits = loss is None or isinstance(loss, float) or finite(loss)
+    return words and fits and type(row["step"]) is int and finite(row["step"])
 
 
 def observations(
@@ -78,11 +88,11 @@ def read_schedule(path: Path) -> Schedule:
     if not path.is_file():
         raise UserError(f"{path}: no such file; the trainer writes it when a run starts")
     try:
-        plan = json.loads(path.read_text())
+        plan = json_object(path)
         if "tokens" in plan:  # a run whose batch grows
             return Schedule(lr=np.asarray(plan["lr"]), tokens=np.asarray(plan["tokens"]))
         return Schedule.of(plan["lr"], tokens_per_step=float(plan["tokens_per_step"]))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"{path}: {error!r}; it needs lr (a list), and tokens_per_step or tokens (a list)"
         ) from None
@@ -125,6 +135,13 @@ def postdated(record: Record) -> str | None:
 
 def eval_problem(record: Record, rows: Sequence[Record]) -> str | None:
     """How a forecast or an outcome disagrees with the evals, in words; None: it does not."""
+    try:
+        return _eval_problem(record, rows)
+    except (AttributeError, TypeError, ValueError):  # an edited line may hold anything
+        return f"a {record.get('kind')} whose values are of other types: it was edited"
+
+
+def _eval_problem(record: Record, rows: Sequence[Record]) -> str | None:
     name, cutoff = record.get("set_fingerprint"), record.get("cutoff_step")
     if not isinstance(name, str):
         return None
@@ -171,7 +188,7 @@ def checkpoint_heads(folder: Path) -> Iterator[tuple[int, Any]]:
     """(step, what it holds of the register) of each checkpoint; older ones hold nothing."""
     for meta in sorted((folder / "checkpoints").glob("*/meta/metadata")):
         step = meta.parent.parent.name
-        if step.isdigit():
+        if step.isdecimal() and meta.is_file():
             found = parsed(meta.read_bytes()) or {}
             if found.get("register") is not None:
                 yield int(step), found["register"]
@@ -197,18 +214,19 @@ def _fits(plan: Schedule | Literal[False], known: Any) -> bool:
 def _began(folder: Path) -> datetime | None:
     """The first start of the run."""
     events = folder / "events.jsonl"
-    if events.exists():
+    if events.is_file():
         for line in events.read_bytes().split(b"\n")[:-1]:
             row = parsed(line) or {}
             if row.get("what") == "start":
-                return when(row.get("time"))
+                with reading(events):
+                    return when(row.get("time"))
     return None
 
 
 def parsed(line: bytes) -> dict[str, Any] | None:
     """The object of a line; None where it is none."""
     try:
-        value = json.loads(line)
+        value = loads(line)
     except ValueError:
         return None
     return value if isinstance(value, dict) else None

@@ -17,12 +17,14 @@ from scipy.special import ndtri
 
 from jaxmoe.errors import UserError
 from jaxmoe.forecast.curve import Floats
+from jaxmoe.outside import finite
 
 __all__ = ["BINS", "COVERAGES", "Score", "Summary", "score", "summarise"]
 
 COVERAGES = (0.5, 0.8, 0.9)
 # Shares of the run that were seen; the first is that of forecasts from before the start.
 BINS = (0.0, 1e-9, 0.15, 0.25, 0.35, 0.5, 0.65, 0.8, 1.0)
+LARGEST = 1e6  # nats per token; no model is so bad, and squares of it are still numbers
 GRID = (np.arange(200) + 0.5) / 200  # levels that the CRPS and the PIT are summed over
 
 
@@ -81,6 +83,9 @@ def score(records: Sequence[Mapping[str, Any]]) -> list[Score]:
         raise UserError("no outcome in the register yet; score it when the run has ended")
     outcome = outcomes[-1]
     forecasts = [r for r in records if r["kind"] == "forecast"]
+    for record in (outcome, *forecasts):
+        if not all(finite(loss) and 0 < loss < LARGEST for loss in record["loss"].values()):
+            raise UserError(f"line {record['index'] + 1}: loss={record['loss']!r} is of no loss")
     for record in forecasts:
         for key in ("target_step", "set_fingerprint"):
             if record[key] != outcome[key]:

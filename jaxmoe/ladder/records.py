@@ -17,6 +17,7 @@ from jaxmoe.curriculum import curriculum
 from jaxmoe.errors import UserError
 from jaxmoe.forecast import register
 from jaxmoe.ladder.family import recipe, recipe_fingerprint
+from jaxmoe.outside import json_object, needed, reading
 from jaxmoe.run import record
 from jaxmoe.run.target import flops, sizes_of
 
@@ -24,6 +25,12 @@ __all__ = ["RECORDS", "append", "flops", "key", "make", "read_records"]
 
 RECORDS = "records.jsonl"
 Key = tuple[str, int, int, int]
+NUMBER = (int, float)
+NEEDED = {
+    **{"family": str, "rung": int, "seed": int, "horizon_tokens": int, "recipe_fingerprint": str},
+    **{"params_active": NUMBER, "params_total": NUMBER, "tokens": NUMBER, "flops": NUMBER},
+    "loss": (*NUMBER, type(None)),
+}
 
 
 def key(row: Mapping[str, Any]) -> Key:
@@ -41,12 +48,13 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         raise UserError(f"{folder}: no {RECORDS}; python -m jaxmoe.ladder run writes it")
     rows: dict[Key, dict[str, Any]] = {}
-    try:
-        for row in record.read_lines(file):
-            rows.pop(key(row), None)
-            rows[key(row)] = row
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: not a ladder's record ({error!r}); restore the file") from None
+    for number, row in enumerate(record.read_lines(file), 1):
+        where = f"{file}, line {number}: not a ladder's record"
+        needed(row, NEEDED, where)
+        if not isinstance(row.get("recipe", {}), dict):
+            raise UserError(f"{where}: recipe={row['recipe']!r:.80}; restore the file")
+        rows.pop(key(row), None)
+        rows[key(row)] = row
     return list(rows.values())
 
 
@@ -69,17 +77,23 @@ def make(folder: Path, run: Path, place: Mapping[str, Any], varies: Iterable[str
         varies: leaves beyond the dial's that the family changes with the rung.
     """
     config = record.read_config(run)
-    about = json.loads((run / record.ENVIRONMENT).read_text())
-    evals = (run / record.EVALS).read_bytes()
+    about = json_object(run / record.ENVIRONMENT)
+    with reading(run):
+        evals = (run / record.EVALS).read_bytes()
+        tokenizer = (run / record.TOKENIZER).read_bytes()
     rows = record.read_lines(run / record.EVALS)
     last = record.finished(run)
     assert last is not None, f"{run} is not finished"
     sizes, plan = sizes_of(config), curriculum(config)
     leaves = recipe(config, tuple(varies))
     shared = place["branch_of"][1] if place["branch_of"] else 0
-    seen = register.observations(
-        rows, set_fingerprint=last["set_fingerprint"], until=config.train.steps
-    )
+    with reading(run / record.EVALS):
+        seen = register.observations(
+            rows, set_fingerprint=last["set_fingerprint"], until=config.train.steps
+        )
+    with reading(run / record.ENVIRONMENT):
+        data, code = about["data"], about["code"]
+        trained, unique = str(data["fingerprint"]), _unique(data, sizes["tokens"])
     return {
         "kind": "rung",
         "family": place["family"],
@@ -87,18 +101,18 @@ def make(folder: Path, run: Path, place: Mapping[str, Any], varies: Iterable[str
         "seed": place["seed"],
         "horizon_tokens": sizes["tokens"],
         **sizes,
-        "unique_tokens": _unique(about["data"], sizes["tokens"]),
+        "unique_tokens": unique,
         "flops_spent": sizes["flops"] - flops(config, shared),
         "loss": last["nll"],
         "bits_per_byte": last["bits_per_byte"],
         "set": last["set"],
         "set_fingerprint": last["set_fingerprint"],
-        "train_fingerprint": about["data"]["fingerprint"],
-        "tokenizer_fingerprint": _sha256((run / record.TOKENIZER).read_bytes())[:16],
+        "train_fingerprint": trained,
+        "tokenizer_fingerprint": _sha256(tokenizer)[:16],
         "recipe_fingerprint": recipe_fingerprint(leaves),
         "recipe": leaves,
         "config_fingerprint": config_lib.fingerprint(config),
-        "code": about["code"],
+        "code": code,
         "evals_sha256": _sha256(evals),
         "run": run.relative_to(folder).as_posix(),
         "branch_of": place["branch_of"][0] if place["branch_of"] else None,

@@ -20,6 +20,7 @@ from jaxmoe.errors import UserError
 from jaxmoe.ladder import records
 from jaxmoe.ladder.family import Family
 from jaxmoe.ladder.points import RUNS, Point, branch_off, is_done
+from jaxmoe.outside import loads
 from jaxmoe.run import record
 
 __all__ = ["ROOT", "Asked", "Outcome", "missing", "submit", "train_points"]
@@ -202,7 +203,7 @@ def _progress(run: Path) -> tuple[int, float | None]:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - 16 * TAIL))
             whole, _, _ = file.read().rpartition(b"\n")
-        line: Mapping[str, Any] = json.loads(whole.rpartition(b"\n")[2])
+        line: Mapping[str, Any] = loads(whole.rpartition(b"\n")[2])
         return line["step"], line["train/nll"]
     except (OSError, ValueError, KeyError):
         return 0, None

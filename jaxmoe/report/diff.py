@@ -13,6 +13,7 @@ from rich.console import Console
 
 from jaxmoe import config as config_lib
 from jaxmoe.errors import UserError
+from jaxmoe.outside import json_object, reading
 from jaxmoe.run import record
 
 __all__ = ["Differing", "LayerDiff", "RunDiff", "compare", "main"]
@@ -79,15 +80,19 @@ def compare(first: Path, second: Path) -> RunDiff:
     rows = [_by_step(run / record.METRICS) for run in (first, second)]
     if not rows[0].keys() & rows[1].keys():
         raise UserError(f"{first} and {second} have no logged step in common")
-    numbers = [_differing(name, *rows) for name in NUMBERS]
+    with reading(f"{record.METRICS} of {first} and {second}"):
+        numbers = [_differing(name, *rows) for name in NUMBERS]
     evals = [_evals(run) for run in (first, second)]
-    numbers += [
-        _differing(name, evals[0][name], evals[1][name]) for name in evals[0] if name in evals[1]
-    ]
+    with reading(f"{record.EVALS} of {first} and {second}"):
+        numbers += [
+            _differing(name, evals[0][name], evals[1][name])
+            for name in evals[0]
+            if name in evals[1]
+        ]
     steps, same_until, step, layers = _layers(first, second)
     return RunDiff(
         config=config_lib.diff(*configs),
-        versions=[*_versions(first, second)],
+        versions=_versions(first, second),
         numbers=numbers,
         layers_compared=steps,
         layers_same_until=same_until,
@@ -139,7 +144,9 @@ def _layers(first: Path, second: Path) -> tuple[int, int | None, int | None, lis
     same_until = None
     for step in common:
         arrays = [row[step]["arrays"] for row in rows]
-        if found := [*_unlike(*arrays)]:
+        with reading(f"{record.LAYERS} of {first} and {second}, step {step}"):
+            found = [*_unlike(*arrays)]
+        if found:
             return len(common), same_until, step, found
         same_until = step
     return len(common), same_until, None, []
@@ -159,25 +166,28 @@ def _unlike(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[Lay
                 yield LayerDiff(name=name, layer=layer, relative=relative)
 
 
-def _versions(first: Path, second: Path) -> Iterator[str]:
+def _versions(first: Path, second: Path) -> list[str]:
     trees = []
     for run in (first, second):
         file = run / record.ENVIRONMENT
-        trees.append(json.loads(file.read_text()) if file.exists() else {})
+        trees.append(json_object(file) if file.exists() else {})
+    found = []
     for name in VERSIONS:
         a, b = (one.get(name) for one in trees)
         if a != b:
-            yield f"{name}: {a!r} -> {b!r}"
-    a, b = (one.get("data", {}).get("fingerprint") for one in trees)
+            found.append(f"{name}: {a!r} -> {b!r}")
+    with reading(f"{record.ENVIRONMENT} of {first} and {second}"):
+        a, b = (one.get("data", {}).get("fingerprint") for one in trees)
     if a != b:
-        yield f"training text: {a!r} -> {b!r}"
+        found.append(f"training text: {a!r} -> {b!r}")
+    return found
 
 
 def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     try:
         found = compare(args.first, args.second)
-    except (UserError, OSError, ValueError, KeyError, TypeError) as error:
+    except UserError as error:
         print(f"jaxmoe.report: {error}", file=sys.stderr)
         return 2
     if args.json:

@@ -363,8 +363,10 @@ def _table(history: History, names: Sequence[str]) -> list[list[str]]:
 
 def _caption(run: Run, history: History) -> str:
     last = run.last
-    lows = _over(history, history.lines["load_min"], min, "", "")["y"]
-    highs = _over(history, history.lines["load_max"], max, "", "")["y"]
+    lows, highs = (
+        [y for y in _over(history, history.lines[key], end, "", "")["y"] if y is not None] or [0.0]
+        for key, end in (("load_min", min), ("load_max", max))
+    )
     lighter = "1 is an even share" + ("; lighter is more. " if history.loads else ". ")
     said = (
         f"{lighter}At the last step shown the most loaded expert "

@@ -35,7 +35,7 @@ def write(run_dir: Path, out: Path | None = None, ladders: Sequence[Path] = ()) 
 def replaced(out: Path, page: str) -> Path:
     # Renamed into place: a browser that reloads during the write sees the old page, not half.
     part = out.with_name(f".{out.name}.part")
-    part.write_text(page, encoding="utf-8")
+    part.write_text(page, encoding="utf-8", errors="backslashreplace")  # JSON has "\ud800"
     part.replace(out)
     return out
 

@@ -4,14 +4,13 @@ A run in progress is the usual case: files may be missing and the last line of a
 torn, which is no error. An unreadable line that others follow is one: the record was damaged.
 """
 
-import json
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jaxmoe.errors import UserError
+from jaxmoe.outside import finite, group, json_object, loads
 from jaxmoe.run.goodput import GOODPUT, Account, account
 
 __all__ = ["Forecast", "Quantiles", "Row", "Run", "group", "number", "read"]
@@ -118,27 +117,13 @@ def read(run_dir: Path) -> Run:
 def number(row: Row, key: str) -> float | None:
     """A finite number, or None: a diverged run logs NaN, which no axis can show."""
     value = row.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return None
-    return value
-
-
-def group(row: Row, key: str) -> Row:
-    """The object under `key`, empty if there is none."""
-    value = row.get(key)
-    return value if isinstance(value, dict) else {}
+    return value if finite(value) else None
 
 
 def _json(path: Path) -> Row:
     if not path.is_file():
         return {}
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: holds {type(value).__name__}, not an object")
-    return value
+    return json_object(path)
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Row]]:
@@ -150,7 +135,7 @@ def _lines(path: Path) -> Iterator[tuple[str, Row]]:
     for n, line in numbered:
         where = f"{path}, line {n}"
         try:
-            row = json.loads(line)
+            row = loads(line)
         except ValueError as error:
             if n == numbered[-1][0]:
                 return

@@ -117,9 +117,17 @@ def checkpoint_before(run_dir: Path, step: int) -> Path:
 
 
 def restore(checkpoint: Path, abstract: TrainState) -> TrainState:
-    """The state of a checkpoint, which is read and nothing else."""
-    with ocp.StandardCheckpointer() as reader:
-        return reader.restore(checkpoint.absolute() / "state", abstract)
+    """The state of a checkpoint, which is read and nothing else.
+
+    Raises:
+        UserError: its arrays cannot be read, or are not those of the run's config.
+    """
+    try:
+        with ocp.StandardCheckpointer() as reader:
+            return reader.restore(checkpoint.absolute() / "state", abstract)
+    except Exception as error:  # whatever the storage layers raise
+        said = f"{type(error).__name__}: {str(error)[:300]}"
+        raise UserError(f"{checkpoint}: it cannot be restored ({said})") from error
 
 
 def rolled(mesh: Mesh) -> Mesh:

@@ -19,7 +19,8 @@ from jaxmoe.curriculum import curriculum
 from jaxmoe.errors import UserError
 from jaxmoe.forecast import register
 from jaxmoe.forecast.curve import Run
-from jaxmoe.forecast.hook_api import forecast_final, ready
+from jaxmoe.forecast.hook_api import PathPoint, forecast_final, ready
+from jaxmoe.outside import needed, reading
 from jaxmoe.run.evaluation import EvalSet
 from jaxmoe.run.record import EVALS, FORECASTS, read_lines, run_fingerprint
 from jaxmoe.run.target import rates_of, schedule_of
@@ -57,6 +58,8 @@ class ForecastHook:
         if register.repair_torn(self._file):
             event(0, "a kill had torn the register's last line; it was removed")
         lines = register.read(self._file) if self._file.exists() else []
+        with reading(self._file):
+            _check_lines(lines)
         made = [line for line in lines if line["kind"] == "forecast"]
         _check_planned(self._file, made, self._where())
         # By cut-off: of the loop's own. What others registered at the same step is theirs.
@@ -186,6 +189,19 @@ class ForecastHook:
 
 def _newest(lines: Iterable[Line]) -> Line | None:
     return max(lines, key=lambda line: line["index"], default=None)
+
+
+def _check_lines(lines: Iterable[Line]) -> None:
+    """That what is read of them later is there: whoever writes a register can seal it."""
+    for line in lines:
+        needed(line, {"kind": str, "index": int}, "a line")
+        if line["kind"] == "forecast":
+            wanted = {"cutoff_step": int, "set_fingerprint": str, "train_fingerprint": str}
+            needed(line, wanted, f"line {line['index'] + 1}")
+            for row in (line["loss"], *line["path"]):
+                needed(row, {name: float for name in register.LEVELS}, f"line {line['index'] + 1}")
+            for point in line["path"]:
+                PathPoint(**point)
 
 
 def _check_planned(file: Path, lines: Iterable[Line], where: Mapping[str, Any]) -> None:

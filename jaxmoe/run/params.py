@@ -6,7 +6,6 @@ OCDBT. A run's checkpoint has the same arrays in OCDBT. Both are read through te
 process reads the slices that its devices hold, and nothing else.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,13 @@ from jaxmoe import tree
 from jaxmoe.config import ModelConfig
 from jaxmoe.errors import UserError
 from jaxmoe.model.lm import lm_specs
+from jaxmoe.outside import loads, reading
 from jaxmoe.run import record, seal
 from jaxmoe.run.checkpoint import ITEMS
 from jaxmoe.spec import is_spec
 
 FORMAT = "jaxmoe-params-1"
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 CONFIG, ARRAYS, TOKENIZER = record.CONFIG, "params", "tokenizer"
 
 # Fields of `model` that no logit depends on.
@@ -71,7 +72,7 @@ class Params:
             try:
                 array = tensorstore.open(spec, read=True, open=True).result()
                 self._open[name] = self._by_layer(name, array)
-            except ValueError as error:
+            except (ValueError, IndexError) as error:
                 raise UserError(f"{self.where}: parameter {name} is missing") from error
         return self._open[name]
 
@@ -85,12 +86,19 @@ class Params:
         return tensorstore.concat([array[k] for k in range(self.rounds)], axis=0)
 
     def read(self, name: str, index: Any = ()) -> np.ndarray:
-        return self.array(name)[index].read().result()
+        with reading(f"{self.where}: parameter {name}"):
+            return self.array(name)[index].read().result()
 
     def check(self, shapes: Any) -> None:
         """Raises UserError unless the leaves of `shapes` (anything with a shape) are all here."""
         for name, leaf in tree.named_leaves(shapes, is_leaf=is_spec):
-            shape = tuple(self.array(name).shape)
+            array = self.array(name)
+            shape = tuple(array.shape)
+            if array.dtype.name not in DTYPES:
+                raise UserError(
+                    f"{self.where}: parameter {name} is {array.dtype.name}; they are"
+                    f" {' or '.join(DTYPES)}"
+                )
             if shape != leaf.shape:
                 raise UserError(
                     f"{self.where}: parameter {name} has the shape {shape}, and model.* asks for"
@@ -135,16 +143,16 @@ def open_params(where: Path) -> Params:
     where = where.absolute()
     if (where / record.CHECKPOINTS).is_dir():
         return _of_run(where, _newest(where / record.CHECKPOINTS))
-    if where.parent.name == record.CHECKPOINTS and where.name.isdigit() and where.is_dir():
+    if where.parent.name == record.CHECKPOINTS and where.name.isdecimal() and where.is_dir():
         if (reason := seal.problem(where, ITEMS)) is not None:
             raise UserError(f"{where}: not a whole checkpoint: {reason}")
         return _of_run(where.parents[1], where)
     try:
-        about = json.loads((where / CONFIG).read_text())
+        about = loads((where / CONFIG).read_text())
         if about.get("format") != FORMAT:
             raise ValueError(f"its format is {about.get('format')!r}, not {FORMAT!r}")
         model = config_lib.model_from_dict(about["model"])
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{where}: no parameters here ({error}); give a folder that jaxmoe.convert wrote, or a"
             " run's"
@@ -170,7 +178,7 @@ def _of_run(run_dir: Path, checkpoint: Path) -> Params:
 
 
 def _newest(folder: Path) -> Path:
-    steps = sorted((int(f.name) for f in folder.iterdir() if f.name.isdigit()), reverse=True)
+    steps = sorted((int(f.name) for f in folder.iterdir() if f.name.isdecimal()), reverse=True)
     reasons = []
     for step in steps:
         reason = seal.problem(folder / str(step), ITEMS)

@@ -22,12 +22,21 @@ from jaxmoe.errors import UserError
 from jaxmoe.forecast.ladder_register import registered
 from jaxmoe.forecast.pass_register import PASS_RATES
 from jaxmoe.forecast.register import FORECASTS
+from jaxmoe.outside import json_object, loads, needed, plain_name, reading
 
 CONFIG, ENVIRONMENT, SCHEDULE = "config.json", "environment.json", "schedule.json"
 METRICS, EVALS, EVENTS = "metrics.jsonl", "evals.jsonl", "events.jsonl"
 LAYERS = "layers.jsonl"
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer.json"
+# What a line of each must have for anything to go on from it.
+NEEDED: dict[str, dict[str, Any]] = {
+    METRICS: {"step": int},
+    EVALS: {"step": int, "set": str, "nll": (int, float, type(None))},
+    EVENTS: {"step": int, "what": str},
+    LAYERS: {"step": int, "arrays": dict},
+    "faults.jsonl": {"fault": int, "of": str},
+}
 REGISTERS = [Path(FORECASTS), Path(PASS_RATES)]
 FETCHING = "fetching"  # what comes from checkpoint.mirror, until it is whole
 BEFORE_START = {f"{CONFIG}.tmp", FETCHING, FORECASTS, PASS_RATES} | {
@@ -76,6 +85,22 @@ def run_fingerprint(config: Config) -> str:
     return config_lib.fingerprint(recipe(config))
 
 
+def run_dir(given: str | Path | None, config: Config) -> Path:
+    """As given, or else runs/NAME.
+
+    Raises:
+        UserError: the config's name, which may come from anywhere, is not that of one folder.
+    """
+    if given:
+        return Path(given)
+    if not plain_name(config.name):
+        raise UserError(
+            f"name={config.name!r} is no name of a folder below runs/; give --run-dir DIR, or"
+            " another --set name=NAME"
+        )
+    return Path("runs") / config.name
+
+
 def check_directory(run_dir: Path, config: Config, resume: str) -> None:
     """Looks, and writes nothing.
 
@@ -84,7 +109,9 @@ def check_directory(run_dir: Path, config: Config, resume: str) -> None:
             to touch, no run where one `must` be, or something that is no run at all.
     """
     file = run_dir / CONFIG
-    if not file.exists():
+    with reading(f"--run-dir {run_dir}", "give another"):
+        there = file.exists()
+    if not there:
         if resume == "must" and config.checkpoint.mirror is None:  # else run/bring.py asks there
             raise UserError(f"--resume must: {run_dir} holds no run")
         # Before config.json is there, nothing of ours is but what a kill left of writing it, and
@@ -107,13 +134,16 @@ def check_directory(run_dir: Path, config: Config, resume: str) -> None:
 
 def checkpoint_steps(run_dir: Path) -> list[int]:
     """Of the checkpoints that are there, rising; they need not be whole."""
-    return sorted(int(f.name) for f in (run_dir / CHECKPOINTS).glob("*") if f.name.isdigit())
+    return sorted(int(f.name) for f in (run_dir / CHECKPOINTS).glob("*") if f.name.isdecimal())
 
 
 def check_data(run_dir: Path, fingerprint: str) -> None:
     """Raises UserError if the run in the directory was trained on other data."""
     file = run_dir / ENVIRONMENT
-    before = json.loads(file.read_text())["data"]["fingerprint"] if file.exists() else fingerprint
+    before = fingerprint
+    if file.exists():
+        with reading(file):
+            before = json_object(file)["data"]["fingerprint"]
     if before != fingerprint:
         raise UserError(
             f"{run_dir}: the training data changed since this run began ({before} ->"
@@ -127,15 +157,18 @@ def finished(run_dir: Path) -> dict[str, Any] | None:
     done = [event["step"] for event in read_lines(run_dir / EVENTS) if event["what"] == "done"]
     rows = [row for row in read_lines(run_dir / EVALS) if done and row["step"] == done[-1]]
     rows = [row for row in rows if row["set"] == rows[0]["set"]]  # what is forecast comes first
-    return rows[-1] if rows else None
+    for row in rows[-1:]:
+        needed(row, {"nll": float, "bits_per_byte": float, "set_fingerprint": str}, run_dir / EVALS)
+        return row
+    return None
 
 
 def read_config(run_dir: Path) -> Config:
     """The config a run was started (or last resumed) with."""
     file = run_dir / CONFIG
     try:
-        return config_lib.from_json(json.dumps(json.loads(file.read_text())["config"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return config_lib.from_json(json.dumps(loads(file.read_text())["config"]))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{file}: not a run's config: {error}") from error
 
 
@@ -170,7 +203,7 @@ class RunRecord:
         """Adds keys to a JSON file."""
         if self._writes:
             file = self.folder / name
-            self.write(name, {**(json.loads(file.read_text()) if file.exists() else {}), **tree})
+            self.write(name, {**(json_object(file) if file.exists() else {}), **tree})
 
     def append(self, name: str, line: Line) -> None:
         """Where there is no room, or no leave to write, lines wait for the next ones: a run does
@@ -274,11 +307,25 @@ def standing_evals(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Objects of a JSON-lines file; [] if it is missing, a torn last line is left out."""
+    """Objects of a JSON-lines file; [] if it is missing, a torn last line is left out.
+
+    Raises:
+        UserError: a line is no JSON object, or not what a file of this name holds; it is named.
+    """
     if not file.exists():
         return []
-    whole, _, _ = file.read_text().rpartition("\n")
-    return [json.loads(line) for line in whole.splitlines()]
+    with reading(file):
+        whole, _, _ = file.read_bytes().rpartition(b"\n")
+    rows = []
+    for number, line in enumerate(whole.split(b"\n") if whole else [], 1):
+        where = f"{file}, line {number}"
+        with reading(where):
+            row = loads(line)
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: it holds {type(row).__name__}, not an object; mend the line")
+        needed(row, NEEDED.get(file.name, {}), where)
+        rows.append(row)
+    return rows
 
 
 def _append(file: Path, text: bytes) -> None:

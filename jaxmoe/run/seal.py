@@ -8,6 +8,8 @@ import hashlib
 import json
 from pathlib import Path
 
+from jaxmoe.outside import loads
+
 FILE = "sha256.json"
 
 
@@ -19,9 +21,11 @@ def write(folder: Path, items: tuple[str, ...]) -> None:
 def problem(folder: Path, items: tuple[str, ...]) -> str | None:
     """What is not as it was sealed; None if all is."""
     try:
-        sealed = json.loads((folder / FILE).read_text())
+        sealed = loads((folder / FILE).read_text())
     except (OSError, ValueError) as error:
         return f"{FILE}: {type(error).__name__}"
+    if not isinstance(sealed, dict):
+        return f"{FILE}: it holds no object"
     found = _sums(folder, items)
     for name in sorted({*sealed, *found}):
         if name not in found:

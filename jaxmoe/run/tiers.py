@@ -5,6 +5,7 @@ apart for each run directory, by a name that is drawn when that is first used, s
 another run is taken for it.
 """
 
+import re
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from jaxmoe.config import CheckpointConfig, replace
 from jaxmoe.errors import UserError
+from jaxmoe.outside import reading
 from jaxmoe.run.checkpoint import Checkpoints, Restored
 from jaxmoe.run.state import TrainState
 
@@ -27,7 +29,11 @@ def near_folder(run_dir: Path, config: CheckpointConfig) -> Path | None:
     file = run_dir / NAME
     if not file.exists():
         file.write_text(uuid.uuid4().hex + "\n")
-    return Path(config.near).expanduser().absolute() / file.read_text().strip()
+    with reading(file):
+        own = file.read_text().strip()
+    if not re.fullmatch("[0-9a-f]{32}", own):  # it becomes a folder that is written and cleared
+        raise UserError(f"{file}: {own!r:.80} is no name that was drawn for this run; remove it")
+    return Path(config.near).expanduser().absolute() / own
 
 
 class Tiers:
