@@ -1,4 +1,4 @@
-"""Runs that serve several tests: one that is killed again and again, one that lost its directory."""
+"""Runs that serve several tests: one that is killed again and again, one whose directory is lost."""
 
 import random
 import shutil
