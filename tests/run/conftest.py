@@ -1,4 +1,4 @@
-"""One run that is killed again and again; its copies at a kill serve several tests."""
+"""Runs that serve several tests: one that is killed again and again, one whose directory is lost."""
 
 import random
 import shutil
@@ -8,7 +8,9 @@ from pathlib import Path
 import jax
 import pytest
 from jax.sharding import AxisType, Mesh
+from mirrored import BREAK, slowly, soon, to, whole
 from processes import Killed, kill_group, logged, on_terminal, started, train, wait_until
+from rehearsal import Rehearsed, rehearse
 
 from jaxmoe import mesh as mesh_lib
 
@@ -55,3 +57,44 @@ def killed(text_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Killed
     code, screen = on_terminal(train(run_dir), text_cache)
     assert code == 0, screen
     return Killed(run_dir=run_dir, half=half, half_step=half_step, screen=screen)
+
+
+@pytest.fixture(scope="session")
+def plain(text_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Rehearsed:
+    """The run without a mirror and without a break."""
+    return rehearse(tmp_path_factory.mktemp("plain") / "run", text_cache)
+
+
+@pytest.fixture
+def in_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    slowly(monkeypatch)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    soon(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def broken_off(text_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that ended at step 20, and its mirror."""
+    folder = tmp_path_factory.mktemp("broken-off")
+    with pytest.MonkeyPatch.context() as patch:
+        slowly(patch)
+        ran = rehearse(folder / "run", text_cache, BREAK, checkpoint=to(folder))
+    assert isinstance(ran.error, FloatingPointError)
+    assert whole(folder) == [12, 18] and not ran.events("mirror-failed")
+    return folder
+
+
+@pytest.fixture
+def lost(broken_off: Path, tmp_path: Path) -> Path:
+    """The run directory of before, which is not there; its mirror is."""
+    shutil.copytree(broken_off / "mirror", tmp_path / "mirror")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def there(plain: Rehearsed, tmp_path: Path) -> Path:
+    """The directory of a whole run that has no mirror yet."""
+    return Path(shutil.copytree(plain.folder, tmp_path / "run"))
