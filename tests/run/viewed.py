@@ -39,7 +39,12 @@ def board(folder: Path) -> Board:
             ]
             for t in tags["tensors"]
         },
-        times={e.step: e.wall_time for e in read.Scalars("train/nll")},
+        times={
+            e.step: e.wall_time
+            for t in tags["scalars"]
+            if t == "train/nll"
+            for e in read.Scalars(t)
+        },
     )
 
 
