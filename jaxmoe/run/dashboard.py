@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import (
     Console,
@@ -179,9 +179,7 @@ def _table(rows: Sequence[Row], overflow: OverflowMethod) -> Table:
     return table
 
 
-def _curve(
-    values: Sequence[float] | Iterator[float], levels: str, style: str = "cyan", **low: float
-) -> Text:
+def _curve(values: Iterable[float], levels: str, style: str = "cyan", **low: float) -> Text:
     return Text(sparkline([*values], CURVE, levels, **low), style=style)
 
 

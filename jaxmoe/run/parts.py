@@ -363,7 +363,7 @@ class Parts:
 
     def end_trace(self, step: int) -> None:
         """Of the steps up to this one, all of them done."""
-        with self._paused():
+        with self._paused("other"):
             folder = self.profile.end()
         self._event("profile", step, f"a trace is in {folder}/")
 

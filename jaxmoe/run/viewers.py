@@ -6,6 +6,7 @@ none is missing that a kill or a full disk has cost, and a run that is resumed w
 not have before shows its whole past there.
 """
 
+import importlib
 import importlib.util
 import os
 import sys
@@ -89,7 +90,8 @@ class TensorBoard:
 
     def begin(self, standing: Sequence[tuple[str, Line]]) -> None:
         from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto import event_pb2
+
+        event_pb2 = _protos("event")
 
         self.close(0)
         starts = [line["time"] for _, line in standing if line.get("what") == "start"]
@@ -126,8 +128,8 @@ class TensorBoard:
 
     def _write(self, name: str, line: Line) -> None:
         from tensorboardX import summary
-        from tensorboardX.proto import event_pb2, summary_pb2
 
+        event_pb2, summary_pb2 = _protos("event"), _protos("summary")
         if "seconds" in line:
             self._time = self._began + line["seconds"]
         found = summary_pb2.Summary()
@@ -166,6 +168,7 @@ class Wandb:
         import wandb
 
         self.close(0)
+        mode: Any = os.environ.get("WANDB_MODE") or "offline"  # one of its words, or its error
         resumed = sum(line.get("what") == "resume" for _, line in standing)
         try:
             self._run = wandb.init(
@@ -173,7 +176,7 @@ class Wandb:
                 name=f"{self._config.name}-{resumed}" if resumed else self._config.name,
                 group=self._folder.resolve().name,
                 dir=str(self._folder),
-                mode=os.environ.get("WANDB_MODE") or "offline",
+                mode=mode,
                 config=config_lib.as_dict(self._config),
                 reinit="create_new",
                 # What is printed, the code and its repository are not its business.
@@ -202,6 +205,11 @@ class Wandb:
         run, self._run = self._run, None
         if run is not None:
             run.finish(exit_code=exit_code)
+
+
+def _protos(name: str) -> Any:
+    """A module of tensorboardX whose classes are made at run time."""
+    return importlib.import_module(f"tensorboardX.proto.{name}_pb2")
 
 
 def _seconds(time_of_event: str) -> float:

@@ -90,7 +90,7 @@ def test_a_traced_program_has_its_own_names_though_another_is_in_the_cache(
             with jax.named_scope(name):
                 return jnp.sin(x) @ x
 
-        return jax.jit(named).lower(jnp.ones((19, 19))).compile().as_text()
+        return str(jax.jit(named).lower(jnp.ones((19, 19))).compile().as_text())
 
     before = jax.config.jax_persistent_cache_min_compile_time_secs  # pyright: ignore
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

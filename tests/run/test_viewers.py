@@ -186,6 +186,10 @@ def test_a_start_from_nothing_shows_nothing_of_another_past(kept: RunRecord) -> 
     kept.rewind(0)
     kept.event("start", step=0, why="two")
     kept.evaluated(held_out(0, 9.0))
+    assert board(kept.folder / "board").scalars == {
+        "eval/h/nll": [(0, 9.0)],
+        "eval/h/tokens": [(0, 0.0)],
+    }
     kept.append("metrics.jsonl", row(1, 5.0))
     kept.rewind(1)
     found = board(kept.folder / "board")
@@ -236,17 +240,21 @@ def test_points_of_a_line() -> None:
 
 
 @pytest.mark.parametrize(
-    ("log", "words"),
+    ("log", "module", "words"),
     [
-        (LogConfig(tensorboard=True), r"log.tensorboard=True .* tensorboardX, .*jaxmoe\[tensorb"),
-        (LogConfig(wandb="mine"), r"log.wandb=mine needs .* wandb, .*jaxmoe\[wandb\]"),
+        (
+            LogConfig(tensorboard=True),
+            "tensorboardX",
+            r"log.tensorboard=True .*jaxmoe\[tensorb",
+        ),
+        (LogConfig(wandb="mine"), "wandb", r"log.wandb=mine needs .* wandb, .*jaxmoe\[wandb\]"),
     ],
 )
 def test_a_tool_that_is_not_installed_is_named_with_its_extra(
-    log: LogConfig, words: str, monkeypatch: pytest.MonkeyPatch
+    log: LogConfig, module: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     viewers.check(log)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else name)
     viewers.check(LogConfig())
     with pytest.raises(UserError, match=words):
         viewers.check(log)

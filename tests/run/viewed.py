@@ -1,5 +1,6 @@
 """What TensorBoard and Weights & Biases have of a run, read back from their files."""
 
+import importlib
 import json
 import struct
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+LOSS = "train/nll"
 HEADER, BLOCK = 7, 32 * 1024  # bytes, of a .wandb file and of its records; LevelDB's log format
 
 
@@ -39,18 +41,18 @@ def board(folder: Path) -> Board:
             ]
             for t in tags["tensors"]
         },
-        times={e.step: e.wall_time for e in read.Scalars("train/nll")},
+        times={e.step: e.wall_time for t in tags["scalars"] if t == LOSS for e in read.Scalars(t)},
     )
 
 
 def wandb_rows(folder: Path) -> list[dict[str, Any]]:
     """The history of an offline run, a row a step; `_step` is its own number."""
-    from wandb.proto import wandb_internal_pb2
+    proto: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")
 
     rows = []
     (file,) = folder.glob("*.wandb")
     for data in _records(file.read_bytes()):
-        record = wandb_internal_pb2.Record()
+        record = proto.Record()
         record.ParseFromString(data)
         if record.WhichOneof("record_type") == "history":
             items = record.history.item
