@@ -227,8 +227,9 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], tuple[
     def join(env: dict[str, str]) -> tuple[Any, ...]:
         told: list[tuple[Any, ...]] = []
 
-        def initialize(address: Any = None, **options: Any) -> None:
-            told.append((address, options.get("num_processes"), options.get("process_id")))
+        def initialize(coordinator_address: Any = None, **options: Any) -> None:
+            names = "num_processes", "process_id"
+            told.append((coordinator_address, *map(options.get, names)))
 
         with monkeypatch.context() as m:
             m.setattr(jax.distributed, "initialize", initialize)

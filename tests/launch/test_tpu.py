@@ -121,7 +121,14 @@ def test_a_request_to_end_reaches_the_workers_and_is_answered_75(
     slice_of_two: dict[str, str], how: signal.Signals | str
 ) -> None:
     env = slice_of_two | {"ENDS": "wait,wait"}
-    with subprocess.Popen([str(TPU)], env=env, start_new_session=True, text=True) as process:
+    with subprocess.Popen(
+        [str(TPU)],
+        env=env,
+        start_new_session=True,
+        text=True,
+        # A suite that was started in the background ignores it, and so would a shell below.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         try:
             homes = [Path(env["FAKE"]) / f"worker-{k}" for k in range(2)]
             end = time.monotonic() + 30
