@@ -82,10 +82,11 @@ def test_only_the_writing_process_leaves_anything(tmp_path: Path):
 
 
 def test_finished_is_what_ended_with_an_eval(mine: RunRecord):
-    mine.evaluated(row(6, 2.0))
+    whole = {**row(6, 2.0), "bits_per_byte": 2.9, "set_fingerprint": "a"}
+    mine.evaluated(whole)
     assert finished(mine.folder) is None
     mine.event("done", step=6, why="")
-    assert finished(mine.folder) == row(6, 2.0)
+    assert finished(mine.folder) == whole
 
 
 def test_data_may_not_change_under_a_run(mine: RunRecord):
