@@ -71,8 +71,6 @@ def test_every_file_that_is_named_exists() -> None:
     named = set(re.findall(r"(?:launch|configs|docs)/[\w./]+\w", TEXT))
     assert {"launch/tpu.sh", "launch/k8s/gpu.yaml", "docs/reliability.md"} <= named
     for one in named:
-        if one == "docs/slurm.md" and not (ROOT / "launch" / "slurm.sh").exists():
-            continue
         assert (ROOT / one).exists(), one
     for one in re.findall(r"^\| `(\w+(?:\.yaml)?)` \|", TEXT, re.M):
         if one.endswith(".yaml") or one == "Dockerfile":
