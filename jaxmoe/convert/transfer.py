@@ -41,6 +41,7 @@ CARRIED = (
 )
 # Of a config.json that came in: true of its tensors, or of code beside it, and not of ours.
 OUTDATED = ("quantization_config", "torch_dtype", "auto_map", "transformers_version")
+MOST_LAYERS, MOST_EXPERTS = 10_000, 10_000_000
 SLAB = 1 << 24  # values held at one time where a tensor may come in pieces
 SHARD = 4 << 30  # bytes of a safetensors file
 
@@ -56,7 +57,7 @@ def from_hf(folder: Path, to: Path, progress: Progress) -> dict[str, Any]:
             that is not ours; `to` exists. Nothing is written then.
     """
     hf = _read_json(folder / CONFIG)
-    family, cfg = families.from_hf(hf)
+    family, cfg = _model_of(folder / CONFIG, hf)
     sources = unpacked(safetensors.tensors(folder))
     wanted = links(cfg, family.layout)
     _compare(folder, wanted, sources)
@@ -87,6 +88,20 @@ def from_hf(folder: Path, to: Path, progress: Progress) -> dict[str, Any]:
         shutil.rmtree(part, ignore_errors=True)
         raise
     return about
+
+
+def _model_of(file: Path, hf: dict[str, Any]) -> tuple[families.Family, config_lib.ModelConfig]:
+    """Raises UserError: of another architecture or feature, or with values that no model has."""
+    mend = "give one as transformers writes it"
+    with reading(file, mend):
+        layers = hf.get("num_hidden_layers", 0)
+        if layers > MOST_LAYERS:  # each has tensors, whose names are listed
+            raise UserError(f"{file}: num_hidden_layers={layers} is too many; {mend}")
+        family, cfg = families.from_hf(hf)
+    if cfg.n_mtp > MOST_LAYERS or cfg.n_layers * cfg.n_experts > MOST_EXPERTS:
+        counts = f"{cfg.n_layers} + {cfg.n_mtp} layers of {cfg.n_experts} experts"
+        raise UserError(f"{file}: {counts} are too many; {mend}")
+    return family, cfg
 
 
 def to_hf(

@@ -85,15 +85,9 @@ class Points:
 
         d = given(tokens, np.full(size, np.nan), "tokens")
         y = given(loss, np.full(size, np.nan), "loss")
-        for name, values, most in (
-            ("params_active", n, 1e60),
-            ("tokens", d, 1e60),
-            ("loss", y, 1e6),
-        ):
-            high = np.flatnonzero(np.isfinite(values) & (values > most))
-            if high.size:  # a slip of the pen; its powers would be no numbers
-                found = f"{name}={values[high[0]]:g} of run {high[0] + 1}"
-                raise UserError(f"{found}: no run has more than {most:g}; mend the record")
+        limits = (("params_active", n, 1e60), ("tokens", d, 1e60), ("loss", y, 1e6))
+        for name, values, most in limits:
+            _refuse_slips(name, values, most)
         names = np.array([""] * size if router is None else list(router), dtype=str)
         if names.shape != (size,):
             raise UserError(f"router: {names.size} values for {size} runs; give one a run")
@@ -110,6 +104,7 @@ class Points:
             seed=given(seed, np.full(size, np.nan), "seed"),
             router=names,
         )
+        _refuse_slips("flops", points.flops, 1e120)
         keep = np.ones(size, bool)
         for name in ("params_active", "tokens", "flops", "params_total", "unique_tokens", "loss"):
             values = getattr(points, name)
@@ -154,6 +149,14 @@ class Points:
             if not kept or value > kept[-1] * (1 + SAME_BUDGET):
                 kept.append(float(value))
         return np.array(kept)
+
+
+def _refuse_slips(name: str, values: Floats, most: float) -> None:
+    """Slips of the pen, whose powers and quotients would be no numbers."""
+    wrong = np.flatnonzero((values > most) & (values < np.inf) | (values > 0) & (values < 1 / most))
+    if wrong.size:
+        found = f"{name}={values[wrong[0]]:g} of run {wrong[0] + 1}"
+        raise UserError(f"{found}: no run has more than {most:g} or so little; mend the record")
 
 
 def refuse_thin(points: Points) -> None:

@@ -167,7 +167,10 @@ def _register(path: Path) -> tuple[list[Forecast], float | None]:
 def _forecast(row: Row, where: str, position: int) -> Forecast:
     loss = _quantiles(group(row, "loss"), where)
     target = _need(row, "target_step", where)
-    points = [point for point in row.get("path") or () if isinstance(point, dict)]
+    steps = row.get("path")
+    points = (
+        [point for point in steps if isinstance(point, dict)] if isinstance(steps, list) else []
+    )
     path = tuple((_need(point, "step", where), _quantiles(point, where)) for point in points)
     return Forecast(
         index=int(number(row, "index") or position),
