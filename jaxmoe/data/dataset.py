@@ -395,6 +395,11 @@ def _check_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
         needed(row, {"bytes": int, "sha256": str}, where)
         if row["bytes"] < 0:
             raise UserError(f"{where}: bytes={row['bytes']}; {MEND}")
+    for print_, rows in manifest["overlap"].items():
+        needed({print_: rows}, {print_: dict}, f"{path}: overlap")
+        for source, row in rows.items():
+            needed({source: row}, {source: dict}, f"{path}: overlap")
+            needed(row, {"leaking": int}, f"{path}: overlap of {source}")
     for part, more in _PARTS.items():
         for name, entry in manifest[part].items():
             where = f"{path}: {part} {name!r}"

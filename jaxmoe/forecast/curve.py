@@ -29,6 +29,7 @@ __all__ = ["Run", "Schedule", "canonical_observations", "observations_sha256", "
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 SUMS = 16
+LARGEST_LOSS = 1e6  # nats per token: what diverged is none, and squares of others are numbers
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -197,7 +198,8 @@ class Run:
     Attributes:
         schedule: of the whole run, also of the part not trained yet.
         steps: int64 [n], updates done at each observation, rising.
-        loss: float64 [n], held-out nats per token. Points not finite are dropped and counted.
+        loss: float64 [n], held-out nats per token. Points not finite are dropped and
+            counted, and so are those of LARGEST_LOSS or more.
         dropped: how many were.
         params_active, params_total, experts, name: for laws over many runs.
 
@@ -220,7 +222,7 @@ class Run:
             raise UserError(
                 f"{self.name}: {steps.shape} steps but {loss.shape} losses; give one loss a step"
             )
-        keep = np.isfinite(loss)
+        keep = np.abs(loss) < LARGEST_LOSS
         steps = steps[keep].astype(np.int64)
         if np.any(np.diff(steps) <= 0):
             late = int(np.flatnonzero(np.diff(steps) <= 0)[0]) + 1

@@ -16,7 +16,7 @@ import numpy as np
 from scipy.special import ndtri
 
 from jaxmoe.errors import UserError
-from jaxmoe.forecast.curve import Floats
+from jaxmoe.forecast.curve import LARGEST_LOSS, Floats
 from jaxmoe.outside import finite
 
 __all__ = ["BINS", "COVERAGES", "Score", "Summary", "score", "summarise"]
@@ -24,7 +24,6 @@ __all__ = ["BINS", "COVERAGES", "Score", "Summary", "score", "summarise"]
 COVERAGES = (0.5, 0.8, 0.9)
 # Shares of the run that were seen; the first is that of forecasts from before the start.
 BINS = (0.0, 1e-9, 0.15, 0.25, 0.35, 0.5, 0.65, 0.8, 1.0)
-LARGEST = 1e6  # nats per token; no model is so bad, and squares of it are still numbers
 GRID = (np.arange(200) + 0.5) / 200  # levels that the CRPS and the PIT are summed over
 
 
@@ -84,7 +83,7 @@ def score(records: Sequence[Mapping[str, Any]]) -> list[Score]:
     outcome = outcomes[-1]
     forecasts = [r for r in records if r["kind"] == "forecast"]
     for record in (outcome, *forecasts):
-        if not all(finite(loss) and 0 < loss < LARGEST for loss in record["loss"].values()):
+        if not all(finite(loss) and 0 < loss < LARGEST_LOSS for loss in record["loss"].values()):
             raise UserError(f"line {record['index'] + 1}: loss={record['loss']!r} is of no loss")
     for record in forecasts:
         for key in ("target_step", "set_fingerprint"):
