@@ -1,4 +1,4 @@
-"""Runs that serve several tests: one that is killed again and again, one whose directory is lost."""
+"""Runs that serve several tests: one that is killed again and again, one that is broken off."""
 
 import random
 import shutil
