@@ -25,7 +25,7 @@ from jaxmoe.config import Config
 from jaxmoe.run import faults, record, seal
 from jaxmoe.run.batches import milestones
 from jaxmoe.run.checkpoint import LOSS
-from jaxmoe.run.copies import Copies, Stopped, Unreachable
+from jaxmoe.run.copies import Broken, Copies, Stopped, Unreachable
 from jaxmoe.run.goodput import GOODPUT
 from jaxmoe.run.record import Tell
 from jaxmoe.run.watching import told_to_all
@@ -168,6 +168,13 @@ class _Copier:
                     self._tell("mirror-failed", step, why)
 
     def _work(self) -> None:
+        try:
+            self._loop()
+        except Exception as error:  # of the run directory's file system
+            why = f"nothing more is copied: {type(error).__name__}: {error}"
+            self._tell("mirror-failed", self.step, why)
+
+    def _loop(self) -> None:
         shutil.rmtree(self._folder / FOLDER, ignore_errors=True)  # what a kill left
         while not self._stopped.is_set():
             finishing = self._finishing.is_set()
@@ -239,7 +246,11 @@ class _Copier:
         start = uuid.uuid4().hex
         owner = {"run": own, "start": start, "time": record.now()}
         self._copies.take({**owner, "config": config_lib.as_dict(self._config)})
-        self._there = {step: self._copies.index(step).get("loss") for step in steps}
+        for step in steps:
+            try:
+                self._there[step] = self._copies.index(step).get("loss")
+            except Broken:
+                self._copies.unseal(step, broken=True)
         for step in self._copies.cut():
             self._copies.clear(step)
         self._start = start

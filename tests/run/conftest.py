@@ -1,4 +1,4 @@
-"""Runs that serve several tests: one that is killed again and again, one that loses its folder."""
+"""Runs that serve several tests: one that is killed again and again, one that is broken off."""
 
 import random
 import shutil
