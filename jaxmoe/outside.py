@@ -56,7 +56,7 @@ def json_object(path: Path, mend: str = "bring it back as it was written") -> di
     with reading(path, mend):
         found = loads(path.read_bytes())
     if not isinstance(found, dict):
-        raise UserError(f"{path}: it holds {type(found).__name__}, not an object; {mend}")
+        raise UserError(f"{path}: it holds {type(found).__name__}, no JSON object; {mend}")
     return found
 
 

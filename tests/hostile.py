@@ -8,6 +8,7 @@ import copy
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -22,6 +23,7 @@ from jaxmoe.errors import UserError
 Change = Callable[[bytes], bytes | None]  # None: a directory lies there instead
 
 DEEP = 100_000
+BAR = re.compile(r"% +[\d:-]+$")  # of rich, on standard error
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 7, 2**31, 2**63, -(2**63), 10**400, 1.5, -0.0, 1e308),
     *(float("nan"), float("inf"), float("-inf"), "", "a", "NaN", "\ud800", "\0", "a\nb", "x" * 300),
@@ -209,7 +211,7 @@ def asked(
     said = err.getvalue()
     assert code in (*codes, 2), (code, said)
     if code == 2:
-        told = [line for line in said.split("\n") if line and "\u2501" not in line]  # bars
+        told = [line for line in said.split("\n") if line and not BAR.search(line)]
         assert len(told) == 1 and told[0].isprintable(), said
     out.getvalue().encode()  # what a terminal or a pipe is given
     return code, out.getvalue(), said
