@@ -103,7 +103,7 @@ def _model_of(file: Path, hf: dict[str, Any]) -> tuple[families.Family, config_l
         raise UserError(f"{file}: {counts} are too many; {mend}")
     if cfg.n_mtp and cfg.tie_embeddings:  # their modules repeat the head, and there is none
         raise UserError(
-            f"{file}: tie_word_embeddings with num_nextn_predict_layers={cfg.n_mtp} is not supported"
+            f"{file}: tie_word_embeddings is not supported with num_nextn_predict_layers"
         )
     return family, cfg
 
