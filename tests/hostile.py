@@ -5,6 +5,7 @@ with one line for a person.
 """
 
 import copy
+import hashlib
 import io
 import json
 import os
@@ -154,6 +155,27 @@ def _moved_line(line: int, what: str) -> Change:
         )
 
     return change
+
+
+def forged(change: Change, head: Path) -> Change:
+    """A register whose lines are changed and whose chain and head are made whole again."""
+
+    def bend(data: bytes) -> bytes:
+        previous, lines = "0" * 64, []
+        for index, line in enumerate(map(json.loads, (change(data) or b"").split(b"\n")[:-1])):
+            if isinstance(line, dict):
+                line |= {"index": index, "previous": previous}
+            lines.append(json.dumps(line).encode())
+            previous = hashlib.sha256(lines[-1]).hexdigest()
+        head.write_text(json.dumps({"count": len(lines), "head": previous}))
+        return b"".join(line + b"\n" for line in lines)
+
+    return bend
+
+
+def of_values() -> st.SearchStrategy[Change]:
+    """One value of one line, so that a chain can be made of the lines again."""
+    return of_lines().filter(lambda change: change.__qualname__.startswith("_bent_line"))
 
 
 @contextmanager
