@@ -344,7 +344,7 @@ def load(spec: str) -> Config:
 
 
 def _load_json(path: Path) -> Config:
-    tree = json_object(path, "give a run's config.json, or a config file")
+    tree = json_object(path, "it is not a run's config")
     try:
         return from_json(json.dumps(tree.get("config", tree)))
     except (UserError, RecursionError) as error:

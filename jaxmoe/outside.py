@@ -5,9 +5,11 @@ arrays and text, never code; here is what turns the ways in which they can be wr
 `UserError`, so that nobody reads them with a traceback.
 """
 
+import csv
 import json
 import math
 import re
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +22,7 @@ __all__ = ["LARGEST", "finite", "group", "json_object", "loads", "needed", "plai
 # What code raises that meets another value than it was written for.
 UNFIT = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError),
-    RecursionError,
+    *(RecursionError, EOFError, zlib.error, csv.Error),
 )
 LARGEST = 1 << 1000  # below the largest float
 _NAME = re.compile(r"[^/\\\x00-\x1f\x7f\ud800-\udfff]{1,200}")  # file systems take 255 bytes
@@ -56,7 +58,7 @@ def json_object(path: Path, mend: str = "bring it back as it was written") -> di
     with reading(path, mend):
         found = loads(path.read_bytes())
     if not isinstance(found, dict):
-        raise UserError(f"{path}: it holds {type(found).__name__}, not an object; {mend}")
+        raise UserError(f"{path}: it holds {type(found).__name__}, no JSON object; {mend}")
     return found
 
 

@@ -5,9 +5,11 @@ with one line for a person.
 """
 
 import copy
+import hashlib
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -22,6 +24,7 @@ from jaxmoe.errors import UserError
 Change = Callable[[bytes], bytes | None]  # None: a directory lies there instead
 
 DEEP = 100_000
+BAR = re.compile(r"% +[\d:-]+$")  # of rich, on standard error
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 7, 2**31, 2**63, -(2**63), 10**400, 1.5, -0.0, 1e308),
     *(float("nan"), float("inf"), float("-inf"), "", "a", "NaN", "\ud800", "\0", "a\nb", "x" * 300),
@@ -154,6 +157,27 @@ def _moved_line(line: int, what: str) -> Change:
     return change
 
 
+def forged(change: Change, head: Path) -> Change:
+    """A register whose lines are changed and whose chain and head are made whole again."""
+
+    def bend(data: bytes) -> bytes:
+        previous, lines = "0" * 64, []
+        for index, line in enumerate(map(json.loads, (change(data) or b"").split(b"\n")[:-1])):
+            if isinstance(line, dict):
+                line |= {"index": index, "previous": previous}
+            lines.append(json.dumps(line).encode())
+            previous = hashlib.sha256(lines[-1]).hexdigest()
+        head.write_text(json.dumps({"count": len(lines), "head": previous}))
+        return b"".join(line + b"\n" for line in lines)
+
+    return bend
+
+
+def of_values() -> st.SearchStrategy[Change]:
+    """One value of one line, so that a chain can be made of the lines again."""
+    return of_lines().filter(lambda change: change.__qualname__.startswith("_bent_line"))
+
+
 @contextmanager
 def bent(file: Path, change: Change) -> Iterator[None]:
     """The file changed, and as it was again."""
@@ -209,7 +233,7 @@ def asked(
     said = err.getvalue()
     assert code in (*codes, 2), (code, said)
     if code == 2:
-        told = [line for line in said.split("\n") if line and "\u2501" not in line]  # bars
+        told = [line for line in said.split("\n") if line and not BAR.search(line)]
         assert len(told) == 1 and told[0].isprintable(), said
     out.getvalue().encode()  # what a terminal or a pipe is given
     return code, out.getvalue(), said

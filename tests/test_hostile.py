@@ -10,7 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile import VALUES, asked, bent, examples, of_json, of_lines, raw, refused, snapshot
+from hostile import (
+    VALUES,
+    asked,
+    bent,
+    examples,
+    forged,
+    of_json,
+    of_lines,
+    of_values,
+    raw,
+    refused,
+    snapshot,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -202,6 +214,56 @@ def test_any_counts_and_sweeps_are_fitted_or_named(ladders: Path, change: Any) -
     sweep = ladders / "sweep.jsonl"
     with bent(sweep, change):
         refused(lambda: fit_power_law(fit_optima(read_sweep(sweep, "width"))))
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    """A run that was forecast from a ladder, with the register of its pass rates."""
+    shutil.copytree(RECORDS / "target_dense", tmp_path / "target")
+    return tmp_path / "target"
+
+
+@given(change=of_values())
+@examples(60)
+def test_a_forged_forecast_from_a_ladder_is_named(ladders: Path, target: Path, change: Any) -> None:
+    """Whoever writes a register can make its chain whole."""
+    head = target / "forecasts.head.json"
+    kept = head.read_bytes()
+    config = target / "config.json"
+    with bent(target / "forecasts.jsonl", forged(change, head)):
+        asked(ladder, "fit", str(ladders / "ladder_dense"), "--run", str(target), "--json")
+        config.rename(target.parent / "away.json")
+        for file in target.iterdir():
+            if not file.name.startswith("forecasts"):
+                file.unlink()
+        refused(lambda: record.check_directory(target, Config(), "auto"))
+        for name in ("environment.json", "evals.jsonl", "events.jsonl", "records.jsonl"):
+            shutil.copy(RECORDS / "target_dense" / name, target)
+        (target.parent / "away.json").rename(config)
+    head.write_bytes(kept)
+
+
+@given(change=of_values())
+@examples(60)
+def test_a_forged_register_of_pass_rates_is_named(
+    ladders: Path, tmp_path: Path, change: Any
+) -> None:
+    """Before its outcome is registered, and when it is scored."""
+    run = tmp_path / "run"
+    shutil.rmtree(run, ignore_errors=True)
+    counts, outcome = ladders / "counts.jsonl", tmp_path / "outcome.jsonl"
+    largest = [json.loads(line) for line in counts.read_text().split("\n")[-5:-1]]
+    outcome.write_text("".join(json.dumps({**r, "compute": 1e21}) + "\n" for r in largest))
+    argv = ["--run-dir", str(run), "--json"]
+    assert asked(forecast, "passes", str(counts), "--flops", "1e21", *argv, codes=(0,))[0] == 0
+    register = run / "pass_rates.jsonl"
+    text = register.read_bytes()
+    head = run / "pass_rates.head.json"
+    with bent(register, forged(change, head)):
+        asked(forecast, "verify", str(run), "--json")
+        asked(forecast, "passes", str(counts), "--flops", "1e22", *argv)
+    register.write_bytes(text)
+    shutil.rmtree(run)
 
 
 def test_a_message_is_one_line_that_a_terminal_can_show() -> None:

@@ -101,6 +101,10 @@ def _model_of(file: Path, hf: dict[str, Any]) -> tuple[families.Family, config_l
     if cfg.n_mtp > MOST_LAYERS or cfg.n_layers * cfg.n_experts > MOST_EXPERTS:
         counts = f"{cfg.n_layers} + {cfg.n_mtp} layers of {cfg.n_experts} experts"
         raise UserError(f"{file}: {counts} are too many; {mend}")
+    if cfg.n_mtp and cfg.tie_embeddings:  # their modules repeat the head, and there is none
+        raise UserError(
+            f"{file}: tie_word_embeddings is not supported with num_nextn_predict_layers"
+        )
     return family, cfg
 
 

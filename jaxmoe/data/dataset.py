@@ -71,8 +71,7 @@ _ENTRY: dict[str, Any] = {
     **{"tokens": int, "documents": int, "bytes": int, "shards": list},
     **{"ends": str, "names": str, "domain": str, "fingerprint": str},
 }
-_SET = {"domains": dict, "text_fingerprint": str, "xz_bits_per_byte": float}
-_PARTS: dict[str, dict[str, Any]] = {"sources": {}, "heldout": _SET}
+_PARTS: dict[str, dict[str, Any]] = {"sources": {}, "heldout": {"text_fingerprint": str}}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")  # no dot: file names add parts after one
 
 

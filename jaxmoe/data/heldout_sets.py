@@ -37,7 +37,7 @@ from jaxmoe.data.store import StoredSource
 from jaxmoe.data.texts import Decoder, add_documents, document_texts
 from jaxmoe.data.tokenizer import Tokenizer
 from jaxmoe.errors import UserError
-from jaxmoe.outside import reading
+from jaxmoe.outside import needed, reading
 
 __all__ = [
     "STRICT",
@@ -269,6 +269,7 @@ def _opened(data: DataSet, name: str) -> HeldOut:
 def _of_entry(
     data: DataSet, name: str, entry: Mapping[str, Any], source: StoredSource, names: Names
 ) -> HeldOut:
+    needed(entry, {"domains": dict, "xz_bits_per_byte": (int, float)}, "its entry")
     domains = {}
     first = 0
     for domain, about in entry["domains"].items():

@@ -36,6 +36,7 @@ TIERS = ("installed", "small", "base")
 _FOLDER = Path(__file__).parent / "tiers"
 _STRICT = pydantic.ConfigDict(extra="forbid", frozen=True)
 _SKIPPED = sources.VENDORED  # folders in whose place another package's code stands
+_PIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*==?[A-Za-z0-9][A-Za-z0-9.+~:!_-]*")
 _Sha256 = Annotated[str, pydantic.Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -73,6 +74,8 @@ class Package(pydantic.BaseModel):
     def _one_pin(self) -> "Package":
         if bool(self.pip) == bool(self.apt) or "=" not in self.pip + self.apt:
             raise ValueError('give one of pip = "name==version" and apt = "name=version"')
+        if not _PIN.fullmatch(self.pip or self.apt):  # they are words of a command line
+            raise ValueError(f"{self.pip or self.apt!r} is no name and version of a package")
         return self
 
 

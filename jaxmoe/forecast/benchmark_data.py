@@ -11,6 +11,7 @@ import numpy as np
 from jaxmoe.errors import UserError
 from jaxmoe.forecast.curve import Floats, Run, Schedule
 from jaxmoe.forecast.points import Points, read_points
+from jaxmoe.outside import reading
 
 __all__ = ["Curve", "load_curves", "load_points"]
 
@@ -79,7 +80,7 @@ def load_points(folder: Path) -> dict[str, Points]:
     """Points of points.csv by set, in order of appearance."""
     path = folder / "points.csv"
     points = read_points([path])
-    with open(path, newline="") as file:
+    with reading(path), open(path, newline="") as file:
         names = np.array([row["set"] for row in csv.DictReader(file)])
     if names.size != len(points):
         raise UserError(f"{path}: {points.dropped} rows are incomplete; restore the file")
@@ -92,10 +93,11 @@ def load_curves(folder: Path) -> list[Curve]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; --data names the folder that has it")
     rows: dict[tuple[str, str, str], list[dict[str, str]]] = {}
-    with gzip.open(path, "rt", newline="") as file:
-        for row in csv.DictReader(file):
-            rows.setdefault((row["set"], row["family"], row["run"]), []).append(row)
-    return list(_curves(rows))
+    with reading(path):
+        with gzip.open(path, "rt", newline="") as file:
+            for row in csv.DictReader(file):
+                rows.setdefault((row["set"], row["family"], row["run"]), []).append(row)
+        return list(_curves(rows))
 
 
 def _curves(rows: dict[tuple[str, str, str], list[dict[str, str]]]) -> Iterator[Curve]:

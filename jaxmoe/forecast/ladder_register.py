@@ -22,6 +22,7 @@ from jaxmoe.forecast.points import Points, refuse_thin
 from jaxmoe.forecast.provenance import code_fingerprint
 from jaxmoe.forecast.siblings import SiblingLaw
 from jaxmoe.forecast.stack import Stack, misfits
+from jaxmoe.outside import needed
 
 __all__ = ["LadderForecast", "forecast_target", "register_target", "registered"]
 
@@ -172,7 +173,8 @@ def registered(path: Path, run: str | None = None) -> list[dict[str, Any]]:
         return []
     lines = register.read(path)
     lines = [one for one in lines if one.get("kind") == "forecast" and one.get("siblings")]
-    for one in lines:
+    for number, one in enumerate(lines, 1):
+        needed(one, {"index": int, "cutoff_step": int}, f"{path}, forecast {number} from a ladder")
         if run is not None and one.get("run") != run:
             raise UserError(
                 f"{path}: line {one['index'] + 1} is the forecast of a run with another config"

@@ -19,7 +19,7 @@ from jaxmoe.forecast import register
 from jaxmoe.forecast.pass_rate import PassLaw, mean_log_pass
 from jaxmoe.forecast.provenance import code_fingerprint
 from jaxmoe.forecast.register import LEVELS
-from jaxmoe.outside import loads, reading
+from jaxmoe.outside import loads, needed, reading
 
 __all__ = [
     "PASS_RATES",
@@ -192,15 +192,16 @@ def score_passes(records: Sequence[Mapping[str, Any]]) -> list[PassScore]:
     Raises:
         UserError: no outcome yet.
     """
-    outcome = next((r for r in records if r["kind"] == "pass rates outcome"), None)
+    outcome = next((r for r in records if r.get("kind") == "pass rates outcome"), None)
     if outcome is None:
         raise UserError("no outcome of the pass rates yet; register the target's counts first")
-    return [
-        _score(record, name, loss, float(outcome["buckets"][name]["realised"]))
-        for record in records
-        if record["kind"] == "pass rates" and record["flops"] == outcome["flops"]
-        for name, loss in record["buckets"].items()
-    ]
+    with reading("the register of pass rates"):
+        return [
+            _score(record, name, loss, float(outcome["buckets"][name]["realised"]))
+            for record in records
+            if record["kind"] == "pass rates" and record["flops"] == outcome["flops"]
+            for name, loss in record["buckets"].items()
+        ]
 
 
 def _score(
@@ -222,7 +223,10 @@ def _score(
 
 def _forecasts(path: Path) -> list[dict[str, Any]]:
     lines = register.read(path) if path.exists() else []
-    return [line for line in lines if line["kind"] == "pass rates"]
+    made = [line for line in lines if line.get("kind") == "pass rates"]
+    for line in made:
+        needed(line, {"flops": float, "index": int, "tasks_sha256": str, "buckets": dict}, path)
+    return made
 
 
 def _quantiles(counts: Counts, bucket: str, flops: float) -> dict[str, float]:

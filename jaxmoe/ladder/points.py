@@ -28,7 +28,7 @@ from jaxmoe.ladder.family import (
     tokens,
 )
 from jaxmoe.model.cost import cost
-from jaxmoe.outside import loads
+from jaxmoe.outside import json_object
 from jaxmoe.run import record, seal
 from jaxmoe.run.checkpoint import ITEMS
 
@@ -164,10 +164,10 @@ def branch_off(point: Point, folder: Path) -> bool:
 def _forget_register(saved: Path) -> None:
     """The trunk's forecasts are of the trunk's end: a branch begins a register of its own."""
     file = saved / "meta" / "metadata"
-    meta = loads(file.read_text())
+    meta = json_object(file)
     if meta.get("register") is not None:
         for linked in (file, saved / seal.FILE):
-            linked.unlink()  # the trunk's own stays as it is
+            linked.unlink(missing_ok=True)  # the trunk's own stays as it is
         file.write_text(json.dumps({**meta, "register": None}))
         seal.write(saved, ITEMS)
 

@@ -27,7 +27,8 @@ RECORDS = "records.jsonl"
 Key = tuple[str, int, int, int]
 NUMBER = (int, float)
 NEEDED = {
-    **{"family": str, "rung": int, "seed": int, "horizon_tokens": int, "recipe_fingerprint": str},
+    **{"family": str, "rung": int, "seed": int, "recipe_fingerprint": str},
+    "horizon_tokens": NUMBER,
     **{"params_active": NUMBER, "params_total": NUMBER, "tokens": NUMBER, "flops": NUMBER},
     "loss": (*NUMBER, type(None)),
 }

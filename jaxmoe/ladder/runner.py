@@ -205,7 +205,7 @@ def _progress(run: Path) -> tuple[int, float | None]:
             whole, _, _ = file.read().rpartition(b"\n")
         line: Mapping[str, Any] = loads(whole.rpartition(b"\n")[2])
         return line["step"], line["train/nll"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):  # it is looked at while it is written
         return 0, None
 
 

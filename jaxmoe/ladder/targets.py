@@ -9,6 +9,7 @@ from jaxmoe.errors import UserError
 from jaxmoe.forecast import register
 from jaxmoe.forecast.hook_api import Quantiles
 from jaxmoe.forecast.ladder import Ladder
+from jaxmoe.outside import reading
 
 __all__ = ["Forecasted", "read_targets"]
 
@@ -61,21 +62,27 @@ def read_targets(runs: Sequence[Path], ladder: Ladder) -> list[Forecasted]:
 def _read(run: Path, ladder: Ladder) -> Forecasted:
     file = run / register.FORECASTS
     lines = register.read(file) if file.exists() else []
-    before = [x for x in lines if x["kind"] == "forecast" and x["cutoff_step"] == 0]
+    before = [x for x in lines if x.get("kind") == "forecast" and x.get("cutoff_step") == 0]
     if not before:
         raise UserError(
             f"--run {run}: no forecast from before its start in {register.FORECASTS}; register it"
             " with python -m jaxmoe.ladder register"
         )
-    line = before[-1]
-    ended: list[dict[str, Any]] = [x for x in lines if x["kind"] == "outcome"]
+    with reading(file):
+        return _forecasted(run.name, before[-1], lines, ladder, len(register.verify(file)))
+
+
+def _forecasted(
+    name: str, line: dict[str, Any], lines: list[dict[str, Any]], ladder: Ladder, problems: int
+) -> Forecasted:
+    ended = [x for x in lines if x.get("kind") == "outcome"]
     return Forecasted(
-        name=run.name,
+        name=name,
         law=line["law"],
         flops=float(line["target"]["flops"]),
         ratio=float(line["extrapolation"]),
         loss=Quantiles(**line["loss"]),
         realised=float(ended[-1]["loss"]["realised"]) if ended else None,
         from_here={one["sha256"] for one in line["siblings"]} == set(ladder.hashes),
-        problems=len(register.verify(file)),
+        problems=problems,
     )

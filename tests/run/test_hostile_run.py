@@ -1,6 +1,5 @@
 """Run directories and checkpoints that somebody has cut, edited or made to do harm."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -10,7 +9,20 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from hostile import DEEP, VALUES, asked, bent, examples, of_json, of_lines, raw, refused, snapshot
+from hostile import (
+    DEEP,
+    VALUES,
+    asked,
+    bent,
+    examples,
+    forged,
+    of_json,
+    of_lines,
+    of_values,
+    raw,
+    refused,
+    snapshot,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import Mesh
@@ -98,27 +110,6 @@ def test_any_file_of_a_run_is_read_or_named(run: Path, name: str, draw: st.DataO
     change = draw.draw(LINES if name.endswith("jsonl") else TREE)
     with bent(run / name, change):
         read_by_all(run, name)
-
-
-def forged(change: Any, head: Path) -> Callable[[bytes], bytes]:
-    """A register whose lines are changed and whose chain and head are made whole again."""
-
-    def bend(data: bytes) -> bytes:
-        previous, lines = "0" * 64, []
-        for index, line in enumerate(json.loads(x) for x in change(data).split(b"\n")[:-1]):
-            if isinstance(line, dict):
-                line |= {"index": index, "previous": previous}
-            lines.append(json.dumps(line).encode())
-            previous = hashlib.sha256(lines[-1]).hexdigest()
-        head.write_text(json.dumps({"count": len(lines), "head": previous}))
-        return b"".join(line + b"\n" for line in lines)
-
-    return bend
-
-
-def of_values() -> Any:
-    """One value of one line, so that a chain can be made of the lines again."""
-    return of_lines().filter(lambda change: change.__qualname__.startswith("_bent_line"))
 
 
 @given(change=of_values())
