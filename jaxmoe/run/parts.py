@@ -79,9 +79,9 @@ class Parts:
         its begin."""
         self.config, self.mesh, self.corpus, self.display = config, mesh, corpus, display
         self.origin = origin
-        writes = writes and jax.process_index() == 0
-        self.record = RunRecord(run_dir, writes=writes, viewers=viewers(config, run_dir))
-        self.profile = Profile(config.log, run_dir, config.train.steps, writes=writes)
+        first = writes and jax.process_index() == 0
+        self.record = RunRecord(run_dir, writes=first, viewers=viewers(config, run_dir))
+        self.profile = Profile(config.log, run_dir, config.train.steps, writes=first)
         self.ledger = ledger or Ledger()
         self.plan = curriculum(config)
         self.stream = feed.open_stream(config, corpus)
