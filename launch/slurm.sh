@@ -100,13 +100,10 @@ meet() {
 # too: srun ends all at the first code that is not 0, and SIGTERM would cut short a process that still writes.
 export JAXMOE_TASKS=$tasks
 one_task='
-  asked=
-  trap "asked=yes; kill -USR1 \$p" USR1
-  trap "asked=yes; kill -TERM \$p" TERM
+  trap "kill -USR1 \$p" USR1
+  trap "kill -TERM \$p" TERM
   "$@" < /dev/null & p=$!
   while :; do wait $p; code=$?; kill -0 $p 2> /dev/null || break; done
-  # 138 and 143: it had not begun to train, and ended by the signal itself.
-  if [ -n "$asked" ]; then case $code in 138|143) code=75 ;; esac; fi
   case $code in 75|2|3) sleep 3 ;; esac
   exit $code'
 train_task='
@@ -146,7 +143,8 @@ else
 fi
 
 ended=$code
-if [ -n "$asked" ]; then case $ended in 138|143) ended=75 ;; esac; fi  # also srun, as it began
+# Asked before it had begun to train (or srun itself to launch it), it ended by the signal.
+if [ -n "$asked" ]; then case $ended in 138|143) ended=75 ;; esac; fi
 case $ended in 0|2|3|130) may_start --forget; exit "$ended" ;; esac
 state=$(scontrol show job -o "$job" | sed -n 's/.* JobState=\([A-Z]*\).*/\1/p')
 if [ "$state" != RUNNING ]; then

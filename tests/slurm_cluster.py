@@ -130,16 +130,16 @@ class Cluster:
         daemon = self._daemons.pop(node)
         daemon.kill()
         daemon.wait(timeout=PATIENCE)
-        while left := self.of_node(node):  # the dead have to be seen as such, and none is born
-            for pid in left:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.01)
+        self._kill(lambda: self.of_node(node))
 
     def of_node(self, node: str) -> list[int]:
-        """Processes of jobs on a node."""
+        """Processes of jobs on a node: the steps' own daemons, and their tasks."""
         own = f"SLURMD_NODENAME={node}".encode()
-        return [pid for pid in self.processes() if own in _read(pid, "environ").split(b"\0")]
+        return [
+            pid
+            for pid in self.processes()
+            if own in _read(pid, "environ").split(b"\0") or self._node_of_step(pid) == node
+        ]
 
     def processes(self) -> list[int]:
         """All of the cluster that still run, but its daemons."""
@@ -148,11 +148,26 @@ class Cluster:
         found = []
         for entry in Path("/proc").glob("[0-9]*"):
             pid = int(entry.name)
-            if pid in daemons or mark not in _read(pid, "environ").split(b"\0"):
+            if pid in daemons:
+                continue
+            marked = mark in _read(pid, "environ").split(b"\0")
+            if not marked and self._node_of_step(pid) is None:
                 continue
             if _read(pid, "stat").rpartition(b")")[2].split()[:1] not in ([b"Z"], [b"X"], []):
                 found.append(pid)
         return found
+
+    def _node_of_step(self, pid: int) -> str | None:
+        """Whose step a slurmstepd holds: it writes its title over its environment, so that the log
+        that it has open is what tells."""
+        try:
+            if not os.readlink(f"/proc/{pid}/exe").rpartition("/")[2].startswith("slurmstepd"):
+                return None
+            links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
+        except OSError:  # it has ended
+            return None
+        logs = {f"{self.folder}/slurmd-{node}.log": node for node in self.nodes}
+        return next((logs[link] for link in links if link in logs), None)
 
     def run(self, *words: str, **own: str) -> subprocess.CompletedProcess[str]:
         """A command of a user; keywords are environment."""
@@ -201,17 +216,21 @@ class Cluster:
                 pytest.fail(f"waited in vain for {what}; dead: {dead}\n{self._logs()}")
             time.sleep(0.1)
 
-    def stop(self) -> list[int]:
-        """Ends everything by its id; what had been left by jobs."""
-        left = self.processes()
-        for pid in left:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    def stop(self) -> None:
+        """Ends everything by its id, and what jobs have left."""
         for daemon in reversed(self._daemons.values()):
             daemon.kill()
             daemon.wait(timeout=PATIENCE)
         self._daemons.clear()
-        return left
+        self._kill(self.processes)
+
+    def _kill(self, found: Callable[[], list[int]]) -> None:
+        """Until there are none: the dead have to be seen as such, and some are born meanwhile."""
+        while left := found():
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.01)
 
     def _configure(self) -> None:
         with socket.socket() as one:  # five ports in a row, below those that the kernel hands out

@@ -32,7 +32,6 @@ def cluster(text_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield it
     finally:
         it.stop()
-    assert it.processes() == []
 
 
 def gone(cluster: Cluster) -> bool:
@@ -44,7 +43,10 @@ def gone(cluster: Cluster) -> bool:
 def nothing_is_left(cluster: Cluster) -> Iterator[None]:
     """Whatever a case did: when its jobs are over, so are their processes, on every node."""
     yield
-    cluster.wait(lambda: gone(cluster), "the end of all processes of jobs")
+    try:
+        cluster.wait(lambda: gone(cluster), "the end of all processes of jobs", seconds=30)
+    finally:  # what a case that failed has left is not in the next one's way
+        cluster.run("scancel", "--me")
 
 
 def fake(folder: Path, does: str) -> str:
@@ -190,7 +192,7 @@ def test_faults_without_a_step_forward_come_to_an_end(cluster: Cluster, tmp_path
     assert cluster.finished(job) == ("FAILED", 4), cluster.output(job)
     said = cluster.output(job)
     assert "2 starts in a row with nothing beyond step 0, giving up" in said
-    assert "start 2: 2 nodes" in said and "start 3" not in said
+    assert "start 2: 2 nodes" in said and cluster.shown(job)["Restarts"] == "1"
     assert "process 1 of 2 at 127.0.0.1:" in said and f"--run-dir {tmp_path / 'run'}" in said
 
 
