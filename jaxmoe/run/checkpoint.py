@@ -23,7 +23,6 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from jaxmoe.config import CheckpointConfig
 from jaxmoe.errors import UserError
 from jaxmoe.run import seal
-from jaxmoe.run.meta import checked
 from jaxmoe.run.state import TrainState, relaid
 
 ITEMS = ("state", "meta")
@@ -183,7 +182,7 @@ class Checkpoints:
     ) -> tuple[TrainState, dict[str, Any]]:
         of_meta = ocp.args.JsonRestore()  # pyright: ignore[reportCallIssue]
         item = self._manager.restore(step, args=ocp.args.Composite(meta=of_meta))
-        meta = checked(item["meta"])
+        meta = item["meta"]
         saved = abstract if as_saved is None else as_saved(meta)
         of_state = ocp.args.StandardRestore(saved)  # pyright: ignore[reportCallIssue]
         item = self._manager.restore(step, args=ocp.args.Composite(state=of_state))
