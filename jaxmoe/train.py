@@ -30,6 +30,7 @@ from jaxmoe.forecast.score import score
 from jaxmoe.model.cost import cost
 from jaxmoe.model.lm import lm_specs
 from jaxmoe.optim import rates
+from jaxmoe.outside import needed
 from jaxmoe.run import platform, record, viewers, xla
 from jaxmoe.run.bring import bring
 from jaxmoe.run.dashboard import display
@@ -242,6 +243,7 @@ def _tokens(config: Config) -> dict[str, Any]:
 def _say_finished(result: dict[str, Any], run_dir: Path) -> None:
     from jaxmoe.report.page import write
 
+    needed(result, {"nll": float, "bits_per_byte": float}, run_dir / record.EVALS)
     print(
         f"{run_dir} is finished: held-out {result['bits_per_byte']:.4f} bits per byte"
         f" ({result['nll']:.4f} nats per token) at step {result['step']}; nothing is left to do"

@@ -85,6 +85,8 @@ def make(folder: Path, run: Path, place: Mapping[str, Any], varies: Iterable[str
     rows = record.read_lines(run / record.EVALS)
     last = record.finished(run)
     assert last is not None, f"{run} is not finished"
+    wanted = {"nll": float, "bits_per_byte": float, "set_fingerprint": str}
+    needed(last, wanted, run / record.EVALS)
     sizes, plan = sizes_of(config), curriculum(config)
     leaves = recipe(config, tuple(varies))
     shared = place["branch_of"][1] if place["branch_of"] else 0

@@ -22,7 +22,6 @@ from jaxmoe.config import CheckpointConfig
 from jaxmoe.errors import UserError
 from jaxmoe.run import seal
 from jaxmoe.run.ballot import Ballot, Outvoted
-from jaxmoe.run.meta import checked
 from jaxmoe.run.state import TrainState, relaid
 from jaxmoe.run.writing import StateHandler, StateRestore, StateSave, cannot_write, own_bytes, said
 
@@ -205,7 +204,7 @@ class Checkpoints:
     ) -> tuple[TrainState, dict[str, Any]]:
         of_meta = ocp.args.JsonRestore()  # pyright: ignore[reportCallIssue]
         item = self._manager.restore(step, args=ocp.args.Composite(meta=of_meta))
-        meta = checked(item["meta"])
+        meta = item["meta"]
         saved = abstract if as_saved is None else as_saved(meta)
         of_state = StateRestore(saved)  # pyright: ignore[reportCallIssue]
         item = self._manager.restore(step, args=ocp.args.Composite(state=of_state))

@@ -33,6 +33,7 @@ from jaxmoe.run.forecasting import ForecastHook
 from jaxmoe.run.goodput import Ledger
 from jaxmoe.run.guard import Guard
 from jaxmoe.run.health import Health
+from jaxmoe.run.meta import checked
 from jaxmoe.run.meter import CodeLength, Meter
 from jaxmoe.run.mirror import Mirror
 from jaxmoe.run.params import Params, open_params
@@ -155,7 +156,7 @@ class Parts:
         """The newest whole checkpoint, up to a step."""
 
         def as_saved(meta: dict[str, Any]) -> TrainState:
-            rounds = meta["config"]["mesh"].get("rounds", 1)
+            rounds = checked(meta)["config"]["mesh"].get("rounds", 1)
             return state_as_saved(self.config, self.mesh, rounds)
 
         abstract = abstract_state(self.config, self.mesh)

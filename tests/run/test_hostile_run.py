@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -125,19 +126,18 @@ def test_whoever_forges_a_register_is_refused_in_one_line(
     try:
         with bent(run / "forecasts.jsonl", forged(change, head)):
             read_by_all(run, "forecasts.jsonl")
-            refused(lambda: ForecastHook(config(), run, HeldOutOf(run), lambda *_: None))
+            refused(lambda: ForecastHook(config(), run, held_out_of(run), lambda *_: None))
     finally:
         (run / "away").rename(checkpoints)
         head.write_bytes(kept)
 
 
-class HeldOutOf:
+def held_out_of(run: Path) -> Any:
     """As much of an EvalSet as a hook asks for."""
-
-    def __init__(self, run: Path) -> None:
-        row = json.loads((run / "forecasts.jsonl").read_text().split("\n")[0])
-        self.held_out, self.train_fingerprint, self.leaking = self, "text", 0
-        self.name, self.fingerprint = "holdout", row.get("set_fingerprint") if row else None
+    row = json.loads((run / "forecasts.jsonl").read_text().split("\n")[0])
+    name = row.get("set_fingerprint") if isinstance(row, dict) else None
+    held_out = SimpleNamespace(name="holdout", fingerprint=name)
+    return SimpleNamespace(held_out=held_out, train_fingerprint="text", leaking=0)
 
 
 # Checkpoints
