@@ -175,12 +175,13 @@ def test_nothing_is_unpickled_or_evaluated(path: Path) -> None:
 
 
 def test_code_is_loaded_from_config_files_alone() -> None:
-    """And those are named *.py by whoever starts the command: no other file becomes a module."""
+    """And those are named *.py by whoever starts the command: no other file becomes a module.
+    viewers.py imports parts of tensorboardX, an installed package, by names that it writes out."""
     loads = (
         r"spec_from_file_location|exec_module|import_module|SourceFileLoader|run_path|run_module"
     )
     found = [path.name for path in FILES if re.search(loads, path.read_text())]
-    assert found == ["config_file.py"]
+    assert found == ["config_file.py", "viewers.py"]
 
 
 def test_the_options_of_train_are_closed() -> None:
