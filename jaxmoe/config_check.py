@@ -2,11 +2,14 @@
 
 import dataclasses
 import itertools
+import re
 
 from jaxmoe import attention_paths, stores
 from jaxmoe.config import Config, ModelConfig, RopeConfig, leaves
 from jaxmoe.curriculum import Shape, curriculum
 from jaxmoe.errors import UserError
+
+_UNFIT = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # of words that become paths
 
 
 def check(config: Config) -> None:
@@ -66,10 +69,10 @@ def _check_limits(config: Config) -> None:
         _require(value < 2**31, f"{key}={value}: steps are counted in 31 bits; give fewer")
     for key, value in leaves(dataclasses.asdict(config)):
         for text in value if isinstance(value, tuple) else (value,):
-            fits = not isinstance(text, str) or (
-                text.isprintable() and all(len(p.encode()) <= 255 for p in text.split("/"))
-            )
-            _require(fits, f"{key}={text!r:.80}: too long for a name, or with control characters")
+            if isinstance(text, str):
+                fits = not _UNFIT.search(text)
+                fits = fits and all(len(part.encode()) <= 255 for part in text.split("/"))
+                _require(fits, f"{key}={text!r:.80}: too long for a name, or control characters")
 
 
 def _check_shape(config: Config, shape: Shape) -> None:
