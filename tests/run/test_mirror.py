@@ -48,7 +48,7 @@ def test_a_copy_that_was_cut_is_none(
 ) -> None:
     """Wherever the store breaks: what makes a copy whole is written last."""
     (tmp_path / "mirror" / "whole" / "18.json").unlink()
-    shutil.rmtree(files(tmp_path, 18))
+    shutil.rmtree(files(tmp_path, 18).parent)
     folder, writes = tmp_path / "begun", itertools.count()
 
     def tell(what: str, key: str, value: Any) -> None:
