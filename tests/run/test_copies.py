@@ -99,6 +99,7 @@ def test_only_what_is_of_a_step_is_deleted(tmp_path: Path, monkeypatch: Any) -> 
     store = Wrapped(place._store, lambda *_: None)
     monkeypatch.setattr(store, "list", lambda _: listed(), raising=False)
     monkeypatch.setattr(place, "_store", store)
+    assert place._names("checkpoints/1/") == ["files/file"] and place.steps() == []
     place.clear(1)
     left = sorted(f.parts[-3] for f in (tmp_path / "a").rglob("file"))
     assert left == ["12", "2"]
@@ -211,3 +212,10 @@ def test_the_last_copy_is_waited_for_until_the_deadline(
     time.sleep(1.5)
     assert whole(tmp_path / "late") == []  # nor later
     assert [what for what, _, _ in copied(there, text_cache, tmp_path)] == ["mirrored"]
+
+
+def test_the_best_are_kept_by_the_losses_that_their_copies_know(text_cache: Path) -> None:
+    config = configured(text_cache, checkpoint=CheckpointConfig(keep=1, keep_best=2, at=(5,)))
+    losses = {2: 3.0, 4: 1.0, 5: 9.0, 6: None, 8: 2.0, 10: 4.0}
+    assert mirror.kept(config, losses, newest=1) == {4, 5, 8, 10}
+    assert mirror.kept(config, {}, newest=1) == set()

@@ -80,7 +80,8 @@ def test_a_broken_copy_is_told_and_the_one_before_taken(
         file.write_bytes(flipped if damage == "flip" else b'{"step": 18}')
     again = rehearse(lost, text_cache, checkpoint=to(tmp_path))
     step, why = again.told("fallback")
-    assert step == 18 and "copy of checkpoint 18 is broken" in why
+    said = {"flip": "has changed: its SHA-256 is", "delete": "is missing", "index": "is damaged"}
+    assert step == 18 and "copy of checkpoint 18 is broken" in why and said[damage] in why
     assert again.told("resume")[0] == 12
     same_run(again, plain)
     assert whole(tmp_path) == [18, 24]  # the broken one was copied again
@@ -194,7 +195,7 @@ def test_a_register_of_before_the_start_is_not_lost(
     assert (lost / "forecasts.jsonl").read_text() == register_there.read_text()
 
 
-@pytest.mark.parametrize("at", ["config", "record", "sign"])
+@pytest.mark.parametrize("at", ["config", "record", "sign", "moved"])
 def test_a_kill_while_it_is_brought(
     at: str, lost: Path, text_cache: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -202,7 +203,7 @@ def test_a_kill_while_it_is_brought(
     brought(lost, text_cache, tmp_path)
     wanted = {f.name: f.read_text() for f in lost.iterdir() if f.suffix in (".json", ".jsonl")}
     shutil.rmtree(lost)
-    counts = {"config": 1, "record": 4, "sign": 10**6}
+    counts = {"config": 1, "record": 4, "sign": 10**6, "moved": 10**6}
 
     def stop(count: int, call: Callable[..., Any]) -> Callable[..., Any]:
         calls = itertools.count()
@@ -214,11 +215,18 @@ def test_a_kill_while_it_is_brought(
 
         return stopping
 
+    rename = os.rename
+
+    def moves(*args: Any) -> None:
+        if at == "moved":
+            rename(*args)
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(os, "replace", stop(counts[at], os.replace))
-        patch.setattr(os, "rename", stop(0, os.rename))
+        patch.setattr(os, "rename", moves)
         brought(lost, text_cache, tmp_path)
-    assert not (lost / "checkpoints" / "18").exists()
+    assert (lost / "checkpoints" / "18").exists() == (at == "moved")
     brought(lost, text_cache, tmp_path)
     assert (lost / "checkpoints" / "18").exists()
     drawn = {"events.jsonl"}  # one more `fetched`
