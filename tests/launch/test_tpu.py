@@ -121,14 +121,11 @@ def test_a_request_to_end_reaches_the_workers_and_is_answered_75(
     slice_of_two: dict[str, str], how: signal.Signals | str
 ) -> None:
     env = slice_of_two | {"ENDS": "wait,wait"}
-    with subprocess.Popen(
-        [str(TPU)],
-        env=env,
-        start_new_session=True,
-        text=True,
-        # A suite that was started in the background ignores it, and so would a shell below.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    ) as process:
+    # A suite that was started in the background ignores SIGINT, and so would a shell below; a
+    # `preexec_fn` would run between fork and exec of a process whose JAX has threads.
+    heard = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL)"
+    command = [sys.executable, "-c", f"{heard}; os.execv(sys.argv[1], sys.argv[1:])", str(TPU)]
+    with subprocess.Popen(command, env=env, start_new_session=True, text=True) as process:
         try:
             homes = [Path(env["FAKE"]) / f"worker-{k}" for k in range(2)]
             end = time.monotonic() + 30

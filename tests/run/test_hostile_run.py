@@ -288,7 +288,7 @@ def test_any_list_of_rehearsed_faults_is_read_or_named(run: Path, mesh: Mesh, ch
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     wanted = record.replace(config(), faults=(FaultConfig(kind="slow", step=2),))
     with bent(file, change):
-        refused(lambda: Faults(wanted, mesh, run, lambda *_: None), file)
+        refused(lambda: Faults(wanted, mesh, None, run, lambda *_: None), file)
     file.unlink()
 
 
