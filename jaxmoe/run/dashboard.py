@@ -23,6 +23,7 @@ from jaxmoe.run.progress import Display, Plain, Quiet, Silent, View, clock
 # Eighths of a block, and what stands for them where the terminal has no Unicode.
 BLOCKS, DOTS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588", "_.-~=+*#"
 WIDE = 120  # columns from which on there are two blocks of rows side by side
+ECHO = 2  # columns left free: a ^C that is echoed there would fold the last line of a full width
 CURVE = 24  # characters of a curve
 FAR = 2.0  # standard deviations from which on a residual is shown as far
 
@@ -97,6 +98,7 @@ class Dashboard:
             subtitle=Text(past, style="dim"),
             subtitle_align="right",
             border_style="dim",
+            width=options.max_width - ECHO,
         )
 
     def _training(self, view: View, levels: str) -> Iterator[Row]:

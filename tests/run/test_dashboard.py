@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from jaxmoe.run.dashboard import DOTS, Dashboard, LiveDisplay, display, sparkline
+from jaxmoe.run.dashboard import DOTS, ECHO, Dashboard, LiveDisplay, display, sparkline
 from jaxmoe.run.progress import Plain, Quiet, Tally, View
 
 VIEW = View(
@@ -53,7 +53,7 @@ def drawn(width: int, *views: View, encoding: str = "utf-8", **options: Any) -> 
 def test_at_80_columns_there_is_a_line_for_each_thing() -> None:
     first = replace(VIEW, step=20, train_nll=5.0, bits_per_byte=3.0, evaluated_at=0)
     found = drawn(80, first, VIEW)
-    assert {len(line) for line in found} == {80}
+    assert {len(line) for line in found} == {80 - ECHO}
     text = [line.strip("\u2502 ") for line in found[1:-1]]
     assert text[0].startswith("step 1,180/5,000 ") and text[0].endswith("23%  30:20 left")
     assert [line[:10] + line[10:].split("   ")[0] for line in text[1:]] == [
@@ -80,7 +80,7 @@ def test_at_80_columns_there_is_a_line_for_each_thing() -> None:
 
 def test_at_160_columns_two_things_share_a_line() -> None:
     found = drawn(160, VIEW)
-    assert {len(line) for line in found} == {160}
+    assert {len(line) for line in found} == {160 - ECHO}
     assert len(found) == len(drawn(80, VIEW)) - 4
     (line,) = [line for line in found if " speed " in line]
     assert " held-out " in line
