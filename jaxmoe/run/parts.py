@@ -113,8 +113,8 @@ class Parts:
         self.tally = Tally()
         for row in self.record.read(record.EVENTS):
             self.tally.add(row["what"], row["step"], row["why"])
-        self.ledger.open(self.record)
         state = self._prepared()
+        self.ledger.open(self.record)  # not sooner: what cannot be restored is left as it is
         self.ledger.line(step := int(state.step), back=step)
         return state
 
