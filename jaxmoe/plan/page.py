@@ -65,6 +65,11 @@ def _section(title: str, rows: Sequence[tuple[str, str]], *more: Table | Text) -
     return Group(Rule(title, align="left"), table, *more)
 
 
+def _counted(params: int) -> str:
+    """'46,700,000,000 (46.7 billion)', and small ones alone."""
+    return f"{params:,} ({params / 1e9:,.1f} billion)" if params >= 10**8 else f"{params:,}"
+
+
 def _model(answer: Answer) -> Group:
     c, config, shape = answer.counted, answer.config, answer.shape
     chips = f"{answer.devices:,} x {answer.chip.name}"
@@ -72,8 +77,8 @@ def _model(answer: Answer) -> Group:
         "model",
         [
             ("config", f"{config.name} on {chips}: {mesh_text(answer)}"),
-            ("parameters", f"{c.params:,} ({c.params / 1e9:,.1f} billion)"),
-            ("active a token", f"{c.params_active:,} ({c.params_active / 1e9:,.1f} billion)"),
+            ("parameters", _counted(c.params)),
+            ("active a token", _counted(c.params_active)),
             ("FLOPs a token", f"{c.flops_per_token:.4g} with attention, no recomputation"),
             (
                 "a step",

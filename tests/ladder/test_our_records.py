@@ -14,15 +14,20 @@ RECORDS = Path(__file__).parents[2] / "benchmarks" / "records"
 
 
 @pytest.mark.parametrize(
-    ("kind", "median", "came"), [("dense", 1.1993, 1.2767), ("moe", 1.1473, 1.1159)]
+    ("kind", "ladder_of", "median", "came"),
+    [
+        ("dense", "ladder_dense", 1.1993, 1.2767),
+        ("moe", "ladder_moe", 1.1473, 1.1159),
+        ("muon", "gate_muon", 1.0950, 1.0758),
+    ],
 )
 def test_a_target_is_what_was_registered_and_what_came(
-    kind: str, median: float, came: float, capsys: pytest.CaptureFixture[str]
+    kind: str, ladder_of: str, median: float, came: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = RECORDS / f"target_{kind}"
     assert forecast(["verify", str(run)]) == 0
     assert "the chain is whole and its evals agree" in capsys.readouterr().out
-    assert ladder(["fit", str(RECORDS / f"ladder_{kind}"), "--run", str(run), "--json"]) == 0
+    assert ladder(["fit", str(RECORDS / ladder_of), "--run", str(run), "--json"]) == 0
     (told,) = json.loads(capsys.readouterr().out)["targets"]
     assert told["loss"]["median"] == pytest.approx(median, abs=5e-5)
     assert told["realised"] == pytest.approx(came, abs=5e-5)
