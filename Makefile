@@ -19,8 +19,8 @@ test: $(VENV)/installed
 test-parity: $(VENV)/installed-parity
 	$(BIN)/python -m pytest -m parity -s tests/parity $(PYTEST_ARGS)
 
-# Real runs of one and of two processes, killed KILLS times each at random moments.
-KILLS ?= 60
+# Real runs of one and of two processes, killed KILLS times at random moments.
+KILLS ?= 104
 chaos: $(VENV)/installed
 	JAXMOE_KILLS=$(KILLS) $(BIN)/python -m pytest -s -m slow tests/run/test_chaos.py $(PYTEST_ARGS)
 
