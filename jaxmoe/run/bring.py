@@ -123,8 +123,7 @@ class _Bringing:
 
     def _check_recipe(self, owner: Mapping[str, Any]) -> None:
         theirs = config_lib.from_json(json.dumps(owner["config"]))
-        differences = config_lib.diff(record.recipe(theirs), record.recipe(self._config))
-        if differences:
+        if differences := record.forbidden(theirs, self._config):
             raise UserError(
                 f"checkpoint.mirror={self._copies.place} holds a run of a different config"
                 f" ({'; '.join(differences)}); give another checkpoint.mirror"

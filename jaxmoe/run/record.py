@@ -65,9 +65,16 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
+# Of the model: paths to the same losses, but for rounding.
+_COMPUTED = (
+    *("remat", "loss_chunk", "attention_path", "context_attention"),
+    *("expert_path", "expert_exchange"),
+)
+
+
 def recipe(config: Config) -> Config:
-    """What must be equal for a run to go on: all but the mesh, how often state is saved, what is
-    watched over, how it is watched and what is rehearsed."""
+    """What a run is known by: all but the mesh, how often state is saved, what is watched over, how
+    it is watched and what is rehearsed. To go on, less must be equal (`forbidden`)."""
     default = Config()
     return replace(
         config,
@@ -83,6 +90,26 @@ def recipe(config: Config) -> Config:
 def run_fingerprint(config: Config) -> str:
     """Of what decides a run's losses: all but its name, the mesh and how often it is saved."""
     return config_lib.fingerprint(recipe(config))
+
+
+def forbidden(before: Config, now: Config) -> list[str]:
+    """What keeps a run from going on by another config: `key: before -> now` of each leaf that
+    decides losses by more than the rounding of another order of sums."""
+    return config_lib.diff(_decisive(before), _decisive(now))
+
+
+def _decisive(config: Config) -> Config:
+    """The recipe without what says only how it is computed, which another machine may want
+    otherwise."""
+    default, model, router = Config(), config.model, config.model.router
+    # Loads of one part, or noise drawn for it, are not those of the whole batch (RouterConfig).
+    whole = router.load_balance_coef == 0 or router.load_balance_scope == "sequence"
+    if model.n_experts == 1 or (whole and router.jitter == 0):
+        ramp = tuple(replace(stage, accumulate=1) for stage in config.train.batch_ramp)
+        config = replace(config, train=replace(config.train, accumulate=1, batch_ramp=ramp))
+    computed = {name: getattr(default.model, name) for name in _COMPUTED}
+    shared = replace(config.optim, shard_over_replica=default.optim.shard_over_replica)
+    return recipe(replace(config, model=replace(model, **computed), optim=shared))
 
 
 def run_dir(given: str | Path | None, config: Config) -> Path:
@@ -124,8 +151,7 @@ def check_directory(run_dir: Path, config: Config, resume: str) -> None:
         return
     if resume == "never":
         raise UserError(f"--resume never: {run_dir} holds a run already; give another --run-dir")
-    differences = config_lib.diff(recipe(read_config(run_dir)), recipe(config))
-    if differences:
+    if differences := forbidden(read_config(run_dir), config):
         raise UserError(
             f"{run_dir} holds a run of a different config ({'; '.join(differences)});"
             " give another --run-dir"

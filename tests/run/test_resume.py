@@ -6,9 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import Killed, events, finish, lines, metrics, train
+from processes import SMALL, Killed, events, finish, lines, metrics, train
+from rehearsal import configured, rehearse
 
+from jaxmoe.config import RouterConfig, load, replace
+from jaxmoe.errors import UserError
 from jaxmoe.forecast.__main__ import main as forecast
+from jaxmoe.run.record import check_directory, forbidden
 
 
 def test_every_loss_equals_the_unbroken_runs_bit_for_bit(killed: Killed, straight: Path):
@@ -68,6 +72,34 @@ def test_on_another_mesh_every_loss_is_the_same_to_rounding(moved: Path, straigh
         np.testing.assert_allclose(
             [row[name] for row in mine], [row[name] for row in theirs], rtol=1e-5, err_msg=name
         )
+
+
+def test_in_other_parts_every_loss_is_the_same_to_rounding(text_cache: Path, tmp_path: Path):
+    """Begun on one device with the whole batch; gone on with half of it on each of two, in two
+    parts, by other paths; not where parts would not add up to the batch."""
+    router = RouterConfig(load_balance_scope="sequence")
+    model = replace(load(str(SMALL)).model, router=router)
+    steps = replace(load(str(SMALL)).train, steps=12)
+    plain = rehearse(tmp_path / "plain", text_cache, model=model, train=steps)
+    assert plain.error is None
+    shutil.copytree(plain.folder, tmp_path / "moved")
+    shutil.rmtree(tmp_path / "moved" / "checkpoints" / "12")
+    other = replace(model, remat="none", expert_path="blocked", loss_chunk=4)
+    parts = {"model": other, "train": replace(steps, accumulate=2)}
+    check_directory(tmp_path / "moved", configured(text_cache, axes={"data": 2}, **parts), "must")
+    moved = rehearse(tmp_path / "moved", text_cache, axes={"data": 2}, **parts)
+    assert moved.error is None and [row["step"] for row in moved.events("resume")] == [6]
+    assert moved.metrics[:6] == plain.metrics[:6] and moved.metrics[6:] != plain.metrics[6:]
+    for name in ("step", "tokens", "train/nll", "train/loss", "train/grad_norm"):
+        mine, theirs = ([row[name] for row in run.metrics] for run in (moved, plain))
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, err_msg=name)
+    balanced = replace(other, router=RouterConfig())
+    for wrong in ({**parts, "model": balanced}, {**parts, "train": replace(steps, batch_size=4)}):
+        with pytest.raises(UserError, match=r"different config \((model\.router\.|train\.batch)"):
+            check_directory(tmp_path / "moved", configured(text_cache, **wrong), "must")
+    whole, cut = ({"model": balanced, "train": replace(steps, accumulate=n)} for n in (1, 2))
+    told = forbidden(configured(text_cache, **whole), configured(text_cache, **cut))
+    assert told == ["train.accumulate: 1 -> 2"]
 
 
 def test_on_another_mesh_evals_agree_and_the_register_holds(moved: Path, straight: Path):
