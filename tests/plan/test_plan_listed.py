@@ -80,7 +80,7 @@ def test_bytes_of_a_pipelines_items_are_those_of_the_plan() -> None:
 
 @pytest.mark.parametrize("way", ["ring", pytest.param("gather", marks=pytest.mark.slow)])
 def test_bytes_of_keys_are_those_of_the_plan(way: Any) -> None:
-    """Keys, values and float32 gradients; what else is gathered are the weights, by both ways alike."""
+    """Keys, values and float32 gradients; weights are gathered beside them, alike by both ways."""
     dense = replace(MODEL, n_layers=2, n_experts=1, top_k=1, context_attention=way)
     found, planned = of_step(dense, {"context": 2})
     by_kind = {flow.kind: flow.sent for flow in planned}
