@@ -93,6 +93,20 @@ def _visits(window: int | None, length: int, c: int) -> range:
     return range(c)
 
 
+def sends(way: str, window: int | None, length: int, c: int) -> tuple[int, int]:
+    """How often a device sends as much as its own keys and values in one pass over those of all
+    shards, and as much as their gradients on the way back.
+
+    Args:
+        length: of a shard.
+    """
+    if way == "gather":
+        return c - 1, c - 1
+    visits = _visits(window, length, c)
+    hops, home = len(visits) - 1, visits[-1] % c != 0
+    return hops + (visits[0] % c != 0), hops + home
+
+
 def _block(length: int) -> int:
     """Positions of a block: the largest divisor of `length` that is no larger than usual, or the
     next one where that is small."""

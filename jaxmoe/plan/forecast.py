@@ -100,8 +100,9 @@ def step_time(
     kept = 0 if memory is None else memory.kept
     # Weights are written once where they are gathered, and read forward, again and for both
     # gradients; what is kept is written and read.
-    through = 4 * width * local * microbatches(config, n_devices) + 2 * kept
-    count, stages = config.mesh.rounds * microbatches(config, n_devices), config.mesh.stage
+    parts, of_part = config.train.accumulate, microbatches(config, n_devices)
+    through = parts * (4 * width * local * of_part + 2 * kept)
+    count, stages = config.mesh.rounds * of_part, config.mesh.stage
     share = n_devices if chip.backend == "cpu" else 1
     step = StepTime(
         compute=flops * (1 + again) / (chips * chip_peak(config, chip) * efficiency),

@@ -13,7 +13,7 @@ import jax
 
 from jaxmoe import mesh as mesh_lib
 from jaxmoe.config import Config
-from jaxmoe.kernels import exchange
+from jaxmoe.kernels import exchange, ring
 from jaxmoe.model.lm import lm_specs
 from jaxmoe.model.stack import kinds
 from jaxmoe.plan.hardware import Hardware
@@ -56,13 +56,15 @@ class _Shape:
     """What the flows of a step are computed from.
 
     Attributes:
-        tokens: of a device in one microbatch (in the whole step without a pipeline).
-        repeats: microbatches.
+        tokens: of a device in one microbatch (in a whole part without a pipeline).
+        parts: of the step (train.accumulate).
+        repeats: microbatches of all parts.
         layers: of one stage, as a share of all.
         width: bytes of an element in the compute dtype.
     """
 
     tokens: float
+    parts: int
     repeats: int
     layers: float
     width: int
@@ -73,9 +75,11 @@ def flows(config: Config, sizes: dict[str, int], chip: Hardware) -> list[Flow]:
     m = config.model
     rows = config.train.batch_size * config.train.seq_len
     ways = math.prod(sizes[axis] for axis in mesh_lib.BATCH if axis != "stage")
-    count = microbatches(config, math.prod(sizes.values()))
+    parts = config.train.accumulate
+    count = parts * microbatches(config, math.prod(sizes.values()))
     shape = _Shape(
         tokens=rows / ways / sizes["context"] / count,
+        parts=parts,
         repeats=count,
         layers=1 / sizes["stage"],
         width=2 if m.dtype == "bfloat16" else 4,
@@ -90,21 +94,26 @@ def flows(config: Config, sizes: dict[str, int], chip: Hardware) -> list[Flow]:
 
 def _of_weights(config: Config, sizes: dict[str, int], chip: Hardware, shape: _Shape) -> list[Flow]:
     specs = lm_specs(config.model)
-    layers = jax.tree.leaves(specs.layers, is_leaf=is_spec)
-    others = jax.tree.leaves([specs.embed_VD, specs.head_DV, specs.mtp], is_leaf=is_spec)
+    layers = [specs.layers, [module.layer for module in specs.mtp]]
+    others = [specs.embed_VD, specs.head_DV]
+    others += [(module.wembed_DD, module.whidden_DD) for module in specs.mtp]
     gathered: dict[tuple[str, ...], float] = {}
-    for spec, share, times in (
-        # Each microbatch passes its layers with weights gathered anew (XLA may keep them).
-        *((s, shape.layers, shape.repeats) for s in layers if s.axes[0] == "layers"),
-        *((s, 1.0, 1) for s in layers if s.axes[0] != "layers"),
-        *((s, 1.0, 1) for s in others),
+    for spec, in_layer in (
+        *((s, True) for s in _leaves(layers)),
+        *((s, False) for s in _leaves(others)),
     ):
+        staged = spec.axes[0] == "layers"
         axes = _gathered_axes(spec, sizes)
-        whole = spec.size * share * shape.width / _ways(spec, mesh_lib.IN_USE, sizes)
+        whole = spec.size * (shape.layers if staged else 1) * shape.width
+        whole /= _ways(spec, mesh_lib.IN_USE, sizes)
         group = math.prod(sizes[a] for a in axes)
-        # Twice where they are made anew on the way back, as experts' always are, and once more for
-        # a pipeline's items; and gradients once.
-        passes = 2 + (config.model.remat != "none" or "experts" in spec.axes) + (times > 1)
+        # A layer's are made anew on the way back with rematerialisation, as experts' always are,
+        # and once more for a pipeline's items; gradients are scattered once.
+        again = in_layer and (config.model.remat != "none" or "experts" in spec.axes)
+        passes = 2 + again + (staged and sizes["stage"] > 1)
+        # Each part, and each microbatch of it, passes its layers with weights gathered anew (XLA
+        # may keep them).
+        times = shape.repeats if staged else shape.parts
         moved = (group - 1) / group * whole
         gathered[axes] = gathered.get(axes, 0.0) + times * passes * moved
     return [
@@ -117,7 +126,7 @@ def _of_replicas(config: Config, sizes: dict[str, int], chip: Hardware, shape: _
     """Gradients once a step (run/step.py), float32 and spread as parameters rest. With
     optim.shard_over_replica they are scattered and the updates gathered, which is as much."""
     rest = 0.0
-    for spec in jax.tree.leaves(lm_specs(config.model), is_leaf=is_spec):
+    for spec in _leaves(lm_specs(config.model)):
         share = shape.layers if spec.axes[0] == "layers" else 1.0
         rest += 4 * share * spec.size / _ways(spec, mesh_lib.STORE, sizes)
     group = sizes[mesh_lib.REPLICA]
@@ -133,7 +142,7 @@ def _of_activations(
     layers = kinds(m)
     n_layers = len(layers) * shape.layers + m.n_mtp
     n_moe = sum(kind.moe for kind in layers) * shape.layers + m.n_mtp * (not m.is_dense)
-    tensor, stages, ring = sizes["model"], sizes["stage"], sizes["context"]
+    tensor, stages = sizes["model"], sizes["stage"]
     made = []
     # A pipeline's items are computed once more.
     forward = 2 if stages > 1 else 1
@@ -159,9 +168,8 @@ def _of_activations(
         spread = mesh_lib.stream_is_spread(config.train.seq_len, sizes)
         sent = 6 * config.mesh.rounds * row / (tensor if spread else 1)
         made.append(_flow("activations to the next stage", ("stage",), sent, sizes, chip))
-    # Keys and values go round once forward; backward again, with their gradients.
-    per_token = _kv_width(config) / tensor * shape.width
-    sent = 3 * n_layers * (ring - 1) * shape.tokens * shape.repeats * per_token
+    sent = shape.layers * sum(_of_keys(config, sizes, shape, kind.window) for kind in layers)
+    sent += m.n_mtp * _of_keys(config, sizes, shape, m.sliding_window)
     made.append(_flow("keys and values around the ring", ("context",), sent, sizes, chip))
     return made
 
@@ -193,17 +201,33 @@ def _exchanged(config: Config, sizes: dict[str, int], shape: _Shape) -> tuple[fl
     return sent * row, (parts - 1) * rows * row
 
 
-def _kv_width(config: Config) -> int:
-    m = config.model
+def _of_keys(config: Config, sizes: dict[str, int], shape: _Shape, window: int | None) -> float:
+    """Bytes a device sends over `context` in one layer: keys and values forward (twice in a
+    pipeline) and backward, and their gradients in float32."""
+    m, c, forward = config.model, sizes["context"], 2 if sizes["stage"] > 1 else 1
+    if c == 1:
+        return 0.0
+    queries = m.n_heads // sizes["model"]
     if m.mla is not None:
-        return m.n_heads * (m.mla.d_nope + m.mla.d_rope + m.mla.d_value)
-    return 2 * m.n_kv_heads * m.d_head
+        keys, width = queries, m.mla.d_nope + m.mla.d_rope + m.mla.d_value
+    else:  # a single head of keys is on all shards of `model`
+        keys, width = max(1, m.n_kv_heads // sizes["model"]), 2 * m.d_head
+    length, own = config.train.seq_len // c, shape.tokens * keys * width
+    bytes_ = round(c * own * (shape.width + 4))
+    wish, heads = m.context_attention, (queries, keys)
+    way = ring.pick(wish, c, window, heads=heads, length=length, bytes_=bytes_)
+    there, back = ring.sends(way, window, length, c)
+    return shape.repeats * own * ((forward + 1) * there * shape.width + 4 * back)
 
 
 def _gathered_axes(spec: Spec, sizes: dict[str, int]) -> tuple[str, ...]:
     stored = {a for axis in spec.axes for a in mesh_lib.STORE[axis]}
     used = {a for axis in spec.axes for a in mesh_lib.IN_USE[axis]}
     return tuple(a for a in GATHERED if a in stored - used and sizes[a] > 1)
+
+
+def _leaves(specs: Any) -> list[Spec]:
+    return jax.tree.leaves(specs, is_leaf=is_spec)
 
 
 def _ways(spec: Spec, rules: mesh_lib.Rules, sizes: dict[str, int]) -> int:

@@ -78,13 +78,33 @@ def test_bytes_of_a_pipelines_items_are_those_of_the_plan() -> None:
     assert permuted == pytest.approx(5 / 4 * by_kind["activations to the next stage"])
 
 
+@pytest.mark.parametrize("way", ["ring", pytest.param("gather", marks=pytest.mark.slow)])
+def test_bytes_of_keys_are_those_of_the_plan(way: Any) -> None:
+    """Keys, values and float32 gradients; weights are gathered beside them, alike by both ways."""
+    dense = replace(MODEL, n_layers=2, n_experts=1, top_k=1, context_attention=way)
+    found, planned = of_step(dense, {"context": 2})
+    by_kind = {flow.kind: flow.sent for flow in planned}
+    keys = by_kind["keys and values around the ring"]
+    passed = sum(row.sent for row in found if row.kind == "collective-permute")
+    if way == "ring":
+        assert passed == keys
+        return
+    gathered = sum(r.sent for r in found if r.kind in ("all-gather", "reduce-scatter"))
+    ring, _ = of_step(replace(dense, context_attention="ring"), {"context": 2})
+    weights = sum(row.sent for row in ring if row.kind == "all-gather")
+    assert passed == 0 and gathered - weights == keys
+
+
 @functools.cache
 def compiled_and_planned(name: str, kind: Any = "all_to_all") -> tuple[list[Row], list[Flow]]:
     """Collectives of the train step with this exchange, and the plan's traffic."""
-    axes = MESHES[name]
+    return of_step(replace(MODEL, expert_exchange=kind), MESHES[name])
+
+
+def of_step(model: ModelConfig, axes: dict[str, int]) -> tuple[list[Row], list[Flow]]:
     mesh = meshes.on(**axes)
     config = Config(
-        model=replace(MODEL, expert_exchange=kind),
+        model=model,
         train=TrainConfig(batch_size=16, seq_len=128),
         mesh=MeshConfig(**{"data": 1, **axes}),
     )

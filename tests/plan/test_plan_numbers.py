@@ -10,6 +10,7 @@ from jaxmoe.config import Config, MeshConfig, ModelConfig, TrainConfig, replace
 from jaxmoe.model.cost import cost
 from jaxmoe.plan.forecast import StepTime, recomputed, step_time, whole_run
 from jaxmoe.plan.hardware import TABLE, Hardware
+from jaxmoe.plan.memory import Memory
 from jaxmoe.plan.traffic import Flow, flows
 
 GPT4 = str(Path(__file__).parents[2] / "configs" / "gpt4.py")
@@ -44,11 +45,13 @@ MODEL = ModelConfig(
 ATTENTION, EXPERTS, ROUTER, VOCAB = 8 * (12 + 6 + 6 + 12), 4 * 3 * 8 * 10, 8 * 4, 20 * 8
 
 
-def sent(family: ModelConfig = MODEL, batch: int = 8, **mesh: int) -> dict[str, Flow]:
-    """By kind and axes; 4 positions a sequence, float32."""
+def sent(
+    family: ModelConfig = MODEL, batch: int = 8, length: int = 4, **mesh: int
+) -> dict[str, Flow]:
+    """By kind and axes; float32."""
     config = Config(
         model=family,
-        train=TrainConfig(batch_size=batch, seq_len=4),
+        train=TrainConfig(batch_size=batch, seq_len=length),
         mesh=MeshConfig(**{"data": 1, **mesh}),
     )
     sizes = mesh_lib.sizes(config.mesh, _devices(config))
@@ -67,13 +70,35 @@ def test_one_device_sends_nothing() -> None:
 
 def test_weights_are_gathered_twice_and_gradients_scattered_once() -> None:
     """(g - 1) / g of them: gathered forward, scattered backward; experts' are always gathered again
-    on the way back, with rematerialisation all are. Norms rest whole."""
+    on the way back, with rematerialisation all of layers are. Norms rest whole."""
     whole = ATTENTION + EXPERTS + ROUTER + 2 * VOCAB
     flow = sent(data=4)["weights gathered, gradients scattered/data"]
     assert flow.sent == pytest.approx(4 * 3 / 4 * (2 * whole + EXPERTS)) and flow.hidden
     again = sent(replace(MODEL, remat="full"), data=4)
     flow = again["weights gathered, gradients scattered/data"]
-    assert flow.sent == pytest.approx(4 * 3 / 4 * 3 * whole)
+    assert flow.sent == pytest.approx(4 * 3 / 4 * (3 * whole - 2 * VOCAB))
+
+
+def test_each_part_of_a_step_gathers_weights_anew() -> None:
+    """And sends as many rows in all; gradients cross `replica` once."""
+    axes = {"replica": 2, "data": 2, "model": 2}
+    config = Config(
+        model=MODEL,
+        train=TrainConfig(batch_size=16, seq_len=4),
+        mesh=MeshConfig(**axes),
+    )
+    parted = replace(config, train=replace(config.train, accumulate=2))
+    whole, parts = (
+        {f.kind: f.sent for f in flows(c, mesh_lib.sizes(c.mesh, 8), CHIP)}
+        for c in (config, parted)
+    )
+    weights = "weights gathered, gradients scattered"
+    assert parts.pop(weights) == 2 * whole.pop(weights)
+    assert len(whole) == 2 and parts == pytest.approx(whole)
+    # What is kept goes through HBM in each part as well.
+    memory = Memory(parameters=0, moments=0, batch=0, gradients=0, kept=7, working=0)
+    through = [step_time(c, 8, CHIP, memory, 0.5)[0].memory for c in (config, parted)]
+    assert through[1] == pytest.approx(2 * through[0])
 
 
 def test_each_axis_gathers_what_rests_over_it() -> None:
@@ -154,8 +179,33 @@ def test_stages_send_each_microbatch_around_and_back() -> None:
 
 
 def test_keys_and_values_go_around() -> None:
-    flow = sent(batch=8, context=2)["keys and values around the ring/context"]
-    assert flow.sent == pytest.approx(3 * 1 * (8 * 4 / 2) * 2 * 2 * 3 * 4)
+    """Forward and backward, and float32 gradients with them, which in a ring come home; forward
+    once more in a pipeline. A single head is on both shards of `model`."""
+    keys = "keys and values around the ring/context"
+    for way, home in (("gather", 0), ("ring", 1)):
+        model = replace(MODEL, context_attention=way, n_layers=2, dtype="bfloat16")
+        for c in (2, 4):
+            own = (8 * 8 / c) * 2 * 2 * 3
+            passes = (2 * (c - 1) * 2, (c - 1 + home) * 4)
+            config = longer(model, context=c)
+            assert config[keys].sent == pytest.approx(2 * own * sum(passes))
+        staged = longer(model, stage=2, context=2, microbatches=4)
+        assert staged[keys].sent == pytest.approx((8 * 4) * 12 * (3 * 2 + (1 + home) * 4))
+    single = replace(model, n_kv_heads=1, n_layers=1)
+    assert longer(single, context=2, model=2)[keys].sent == longer(single, context=2)[keys].sent
+
+
+def longer(family: ModelConfig, **mesh: int) -> dict[str, Flow]:
+    """As `sent`, with 8 positions."""
+    return sent(family, 8, 8, **mesh)
+
+
+def test_a_window_goes_to_its_neighbours() -> None:
+    """Those on both sides, and gradients home: of 8 shards with 2 positions the ones next to it."""
+    model = replace(MODEL, context_attention="ring", sliding_window=2)
+    flow = sent(model, 8, 16, context=8)["keys and values around the ring/context"]
+    own = (8 * 16 / 8) * 2 * 2 * 3
+    assert flow.sent == pytest.approx(own * (2 * 3 * 4 + 3 * 4))
 
 
 def test_an_axis_lies_on_the_link_that_its_devices_share() -> None:
