@@ -27,7 +27,7 @@ from jaxmoe.forecast.gaussian import nodes
 from jaxmoe.forecast.mixture import Mixture
 from jaxmoe.forecast.moe_law import MoeLaw
 from jaxmoe.forecast.points import Points
-from jaxmoe.forecast.stack import StackFit
+from jaxmoe.forecast.stack import Stack, StackFit
 from jaxmoe.forecast.trend import Prior, Trend
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -142,7 +142,7 @@ def test_every_file_function_and_source_on_the_page_is_there() -> None:
     assert len(papers) >= 10
     assert {paper for paper in papers if paper not in cited} == set()
     floors = re.findall(r"floor=([\d.]+)", (ROOT / "jaxmoe" / "run" / "watching.py").read_text())
-    told_floors = f"the loss has floor {floors[0]}, the gradient norm {floors[1]}"
+    told_floors = f"the loss has floor {floors[0]}, the gradient norm {floors[1]}."
     assert told_floors in " ".join(TEXT.split())
 
 
@@ -191,6 +191,32 @@ def test_what_is_told_by_hand() -> None:
     sums = [watch._look(z, step).cusum for step, z in enumerate((2, 3, 9, 5, 4), 1)]
     assert sums == [1, 3, 6, 9, 12]
     assert sums[3] < alarms.LIMIT < sums[4]
+
+
+def test_the_stack_is_as_on_the_page() -> None:
+    """Weights from the backtests' scores, and the width about the median."""
+    flops = np.geomspace(1e17, 1e20, 10)
+    size = np.sqrt(flops / 120) * np.exp(0.16 * (-1.0) ** np.arange(10))
+    loss = 1.7 + (size / 1e9) ** -0.5
+    points = Points.of(size, flops / (6 * size), loss, flops=flops)
+    fit = Stack().fit(points)
+    shares = {"chinchilla": 0.5, "outer power": 0.25, "compute": 0.25}
+    scores = np.array([test.score for test in fit.backtests])
+    assert scores.shape == (2, 3)
+    assert (scores.max(axis=1) - scores.min(axis=1)).min() > 4  # which one backtest may not cost
+    log = np.log(list(shares.values()))
+    log = log + np.maximum(scores - scores.max(axis=1, keepdims=True), -4).sum(0)
+    assert list(fit.weights) == list(shares)
+    assert fit.weight == pytest.approx(np.exp(log - logsumexp(log)), rel=1e-9)
+
+    x, y = np.log(flops / flops.max()), np.log(flops / (6 * size**2))
+    spread = np.std(y - np.polyval(np.polyfit(x, y, 2), x))
+    target = Points.of([1e10], [2e11])
+    drawn = fit.uncalibrated(target)
+    centre, width = drawn.quantile([0.5])[0, 0], 0.5 * math.sqrt(1 + 2 / (10 - 3))
+    made = fit.mixture(target)
+    assert made.mean == pytest.approx(centre + width * (drawn.mean - centre), rel=1e-9)
+    assert made.sd == pytest.approx(np.hypot(width * drawn.sd, 0.008 * spread * centre), rel=1e-9)
 
 
 def test_the_scores_by_hand() -> None:
@@ -427,7 +453,7 @@ def test_the_evidence_for_a_shift_is_as_on_the_page() -> None:
     steps = np.arange(5, 55, 5)
     noise = 1e-3 * np.random.default_rng(2).standard_normal(steps.size)
     y = np.log(3 + steps**-0.5) + noise + 0.02 * (steps >= 35)
-    drifts, sizes, n = 10.0 ** np.arange(8), (0.003, 0.006, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5), 10
+    drifts, sizes, n = 10.0 ** np.arange(8), (0.003, 0.006, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5), 7
     null = [[0.0, Filter()] for _ in drifts]  # log of weight times likelihood so far, and the state
     others: list[tuple[float, float, list[list[Any]]]] = []
     watch, evidence = ShiftWatch(n), -math.inf
