@@ -276,7 +276,8 @@ class ShiftWatch:
 @dataclass
 class SpikeWatch:
     """One value a step (training loss, gradient norm): far above the median of those before, in
-    median absolute deviations of their logs. The deviation is at least `floor`."""
+    robust standard deviations of their logs (1.4826 median absolute deviations), at least
+    `floor`."""
 
     name: str
     window: int = 64

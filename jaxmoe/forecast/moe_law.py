@@ -154,7 +154,7 @@ class MoeFit:
 
 @dataclass(frozen=True, kw_only=True)
 class MoeStack:
-    """Both expansions, weighed by a backtest: the largest size from those of at most a third."""
+    """Both expansions, weighed by a backtest: the largest size from those of at most half of it."""
 
     def fit(self, points: Points) -> "MoeStackFit":
         laws = (MoeLaw(expansion="saturating"), MoeLaw(expansion="joint"))
