@@ -64,22 +64,31 @@ def local(processes: int, run_dir: Path, *args: str) -> list[str]:
     return [str(LOCAL), str(processes), *own]
 
 
-def run(command: Sequence[str], text_cache: Path) -> subprocess.CompletedProcess[str]:
-    """Runs a command to its end."""
-    return subprocess.run(
+def run(
+    command: Sequence[str], text_cache: Path, patience: float = 2 * PATIENCE
+) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end; what takes longer is killed with all that it started."""
+    process = subprocess.Popen(
         command,
         cwd=ROOT,
         env=environment(text_cache),
-        capture_output=True,
-        text=True,
-        timeout=2 * PATIENCE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        text=True,
     )
+    try:
+        out, err = process.communicate(timeout=patience)
+    except BaseException:
+        kill_group(process)
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
-def finish(command: Sequence[str], text_cache: Path) -> str:
+def finish(command: Sequence[str], text_cache: Path, patience: float = 2 * PATIENCE) -> str:
     """Runs a command that must succeed; its stdout."""
-    done = run(command, text_cache)
+    done = run(command, text_cache, patience)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 

@@ -101,10 +101,10 @@ def chaos(folder: Path, text_cache: Path, kills: int, *, processes: int) -> None
         own = sized(kills, processes)
         return train(run_dir, *own) if processes == 1 else local(processes, run_dir, *own)
 
-    finish(command(whole), text_cache)
+    finish(command(whole), text_cache, 10 * PATIENCE)
     began = time.monotonic()
     met = killed_again_and_again(command(broken), broken, text_cache, kills, one_rank=processes > 1)
-    finish(command(broken), text_cache)
+    finish(command(broken), text_cache, 10 * PATIENCE)
     met["seconds"] = round(time.monotonic() - began)
     print(json.dumps({"processes": processes, **met}))
     assert metrics(broken) == metrics(whole)
