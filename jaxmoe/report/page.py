@@ -160,8 +160,9 @@ def _lead(run: Run, scores: list[Score]) -> str:
             f"with 90 % odds between {last.forecast.loss.q05:.3f} and {last.forecast.loss.q95:.3f}."
         )
     inside = "inside" if first.inside_90 else "outside"
+    when = f"After {words.percent(first.share)} of the run" if first.share else "Before its start"
     return (
-        f"After {words.percent(first.share)} of the run the forecast of the final held-out loss "
+        f"{when} the forecast of the final held-out loss "
         f"was {first.forecast.loss.median:.3f} nats/token. It came out at {run.outcome:.3f}: "
         f"the forecast was {words.side(first.error)}, "
         f"and the outcome lies {inside} its 90 % interval."
