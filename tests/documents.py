@@ -100,6 +100,7 @@ def found() -> list[Command]:
         lines |= set(in_blocks(text))
         sentences = [code for code in inline(text) if START.match(code) or owners(code)]
         for one in itertools.chain(in_blocks(text), sentences):
+            one = one.removeprefix("time ")
             where.setdefault(one, {})[str(path.relative_to(ROOT))] = None
     kinds = {text: "command" if text in lines else kind(text) for text in where}
     return [Command(text, tuple(places), kinds[text]) for text, places in where.items()]
@@ -154,7 +155,7 @@ def words_of(text: str) -> list[str]:
     for name, value in BRACES.items():
         plain = plain.replace(name, value)
     words = [word.removesuffix("...") for word in shlex.split(plain)]
-    return [word for word in words if word and word != "time"]
+    return [word for word in words if word]
 
 
 def look_at(words: Sequence[str], *, mention: bool = False) -> None:

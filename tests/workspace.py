@@ -135,15 +135,18 @@ def prepare(folder: Path, text_cache: Path) -> None:
         assert done.code == 0, f"{done.text}\n{done.said}"
     for name in ("data/installed", "DATASET", "DIR"):
         shutil.copytree(folder / "data" / "small", folder / name)
+    held = "python -m jaxmoe.data holdout DATASET wikitext2 --from wikitext-2/test.txt"
+    (done,) = in_one_process([(held, folder)], folder, text_cache)
+    assert done.code == 0, done.said
 
 
 def texts(folder: Path) -> None:
     """Texts, records and counts."""
-    prose = sorted((ROOT / "docs").glob("*.md"))
-    for package, files in (("letters", prose[:2]), ("diary", prose[2:])):
-        (folder / "my_texts" / package).mkdir(parents=True)
-        for file in files:
-            shutil.copy(file, folder / "my_texts" / package)
+    shutil.copytree(ROOT / "docs", folder / "my_texts" / "diary")
+    (folder / "my_texts" / "letters").mkdir()
+    paragraphs = (ROOT / "LICENSE").read_text().split("\n\n")
+    for i, text in enumerate(paragraphs[:20]):
+        (folder / "my_texts" / "letters" / f"{i}.txt").write_text(text)
     for package, source in (("sqlalchemy", "run"), ("flax", "plan"), ("optax", "report")):
         shutil.copytree(
             ROOT / "jaxmoe" / source,
