@@ -130,7 +130,7 @@ def look(command: Command) -> None:
         Wrong, UserError: it would be refused, or names what is not there.
     """
     if command.kind != "short":
-        for part in command.text.split(" && "):
+        for part in re.split(r" && | \| ", command.text):
             look_at(words_of(part), mention=command.kind == "mention")
         return
     said = []
@@ -381,5 +381,5 @@ LOOKS: dict[str, Callable[[Sequence[str]], None]] = {
     "sbatch": submitted,
     "srun": submitted,
     **dict.fromkeys(("scancel", "tail", "tensorboard", "wandb", "docker", "export"), unseen),
-    **dict.fromkeys(("xprof", "mpirun", ".venv/bin/pre-commit"), unseen),
+    **dict.fromkeys(("xprof", "mpirun", "jq", ".venv/bin/pre-commit"), unseen),
 }

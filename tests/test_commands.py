@@ -192,7 +192,7 @@ def test_real_parsers_take_the_examples_of_programs(
         if path.stem == "peers_worker":
             continue  # started by peers.py; no parser
         text = re.sub(r"^  (?=\S)", "    ", path.read_text(), flags=re.M)
-        for one in documents.in_blocks(text.replace("\\\\\n", "\\\n")):
+        for one in documents.in_blocks(text.replace("\\\\\n", "\\\n").replace("{{n}}", "{n}")):
             count += 1
             try:
                 documents.look(Command(one, (), "command"))
