@@ -84,6 +84,13 @@ def in_blocks(text: str) -> Iterator[str]:
             yield re.sub(r" +", " ", command).strip()
 
 
+def unknown(text: str) -> list[str]:
+    """Lines of blocks that look like commands, of programs that PROGRAM does not have."""
+    lines = [line.strip() for line in re.findall(r"^ {4,}(\S.*)$", text, re.M)]
+    likely = re.compile(r"(?:[A-Z_]+=\S+ )*[a-z][\w./-]* .*(?<= )--?[a-z]")
+    return [line for line in lines if likely.match(line) and not START.match(line)]
+
+
 def inline(text: str) -> Iterator[str]:
     """Code inside of sentences, each on one line."""
     prose = re.sub(r"^```[\s\S]*?^```|^ {4,}\S.*$", "", text, flags=re.M)
@@ -195,10 +202,11 @@ def python(words: Sequence[str], *, mention: bool) -> None:
     module, rest = words[1], words[2:]
     if module in ("pytest", "pip"):
         return LOOKS[module](rest)
-    try:
-        main = importlib.import_module(f"{module}.__main__").main
-    except ModuleNotFoundError:
-        main = importlib.import_module(module).main
+    is_package = (ROOT / module.replace(".", "/")).is_dir()
+    name = f"{module}.__main__" if is_package else module
+    if not (ROOT / f"{name.replace('.', '/')}.py").is_file():
+        raise Wrong(f"{module}: no such module")
+    main = importlib.import_module(name).main
     if mention:
         return helped(main, module, rest)
     values(module, parsed(main, module, rest))

@@ -275,6 +275,9 @@ def test_what_is_not_run_has_a_reason_and_is_there() -> None:
         )
         assert reason
         assert not test or (ROOT / test).is_file(), f"{pattern}: there is no {test}"
+    for path, text in SENTENCES.items():
+        strange = documents.unknown(text)
+        assert not strange, f"{path.name}: commands? add the program to PROGRAM: {strange}"
     for pattern in (TRAINS, *CODES):
         assert any(re.fullmatch(pattern, one.text) for one in RUN), f"no command is {pattern}"
     print(f"{len(RUN)} of {len(COMMANDS)} commands are run, {len(SLOW)} of them by -m slow")
