@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from processes import ROOT
 
@@ -235,22 +236,23 @@ def parsed(main: Callable[[], Any], name: str, words: Sequence[str]) -> argparse
     Raises:
         Wrong: it refuses them.
     """
-    real, argv, heard = argparse.ArgumentParser.parse_args, sys.argv, io.StringIO()
+    real, heard = argparse.ArgumentParser.parse_args, io.StringIO()
 
-    def stop(parser: Any, args: Any = None, namespace: Any = None) -> argparse.Namespace:
-        raise Parsed(real(parser, args, namespace))
+    def stop(self: Any, args: Any = None, namespace: Any = None) -> argparse.Namespace:
+        raise Parsed(real(self, args, namespace))
 
-    argparse.ArgumentParser.parse_args = stop
-    sys.argv = [name, *words]
     try:
-        with contextlib.redirect_stderr(heard), contextlib.redirect_stdout(heard):
+        with (
+            mock.patch.object(argparse.ArgumentParser, "parse_args", stop),
+            mock.patch.object(sys, "argv", [name, *words]),
+            contextlib.redirect_stderr(heard),
+            contextlib.redirect_stdout(heard),
+        ):
             main()
     except Parsed as done:
         return done.namespace
     except SystemExit:
         raise Wrong(heard.getvalue().strip().rpartition("\n")[2]) from None
-    finally:
-        argparse.ArgumentParser.parse_args, sys.argv = real, argv
     raise Wrong(f"{name}: it has no argument parser, and takes no words")
 
 
