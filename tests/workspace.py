@@ -26,6 +26,7 @@ from processes import PATIENCE, ROOT, environment
 
 # The package too: commands without --config take the quickstart that stands beside it.
 COPIED = ("benchmarks", "configs", "docs", "jaxmoe", "launch")
+LONG, SHORT = 1250, 150  # documents look at step 1204; what they start themselves is shorter
 SMALL = """
 
 _full = quickstart
@@ -41,18 +42,19 @@ def quickstart() -> Config:
         holdout=("json", "http"), tokenizer="bytes", max_bytes=400_000, holdout_bytes=3_000
     )
     return replace(
-        full, model=model, data=data, train=replace(full.train, steps=1250, seq_len=24),
+        full, model=model, data=data, train=replace(full.train, steps=STEPS, seq_len=24),
         eval=EvalConfig(every=50, batch_size=64), forecast=ForecastConfig(first=800, every=400),
         checkpoint=CheckpointConfig(every=100, keep=2, at=(500,)),
     )
 """
 QWEN = """
+from quickstart import quickstart
+
+from jaxmoe.config import replace
+
 
 def qwen3_moe() -> Config:
-    from quickstart import quickstart
-
-    small = quickstart()
-    return replace(small, name="qwen3_moe", train=replace(small.train, steps=60))
+    return replace(quickstart(), name="qwen3_moe")
 """
 # What documents write as the user's own.
 CONFIGS = {
@@ -101,8 +103,8 @@ class Ended:
     seconds: float
 
 
-def configs(folder: Path, *, small: bool) -> None:
-    """configs/ as it stands, or with smaller ones in it; and those of a document's reader."""
+def configs(folder: Path, *, steps: int | None) -> None:
+    """configs/ as it stands, or with runs of so many small steps; and those of a reader's own."""
     shutil.copytree(ROOT / "configs", folder / "configs", dirs_exist_ok=True)
     for name, text in CONFIGS.items():
         (folder / name).write_text(text)
@@ -112,20 +114,21 @@ def configs(folder: Path, *, small: bool) -> None:
     assert block is not None, "README.md shows my_config.py"
     own = re.split(r"^    python ", block[1], flags=re.M)[0]
     (folder / "configs" / "my_config.py").write_text(re.sub(r"^    ", "", own, flags=re.M))
-    if small:
+    if steps is not None:
         for name, text in (("quickstart", SMALL), ("qwen3_moe", QWEN)):
             with open(folder / "configs" / f"{name}.py", "a") as out:
-                out.write(text)
+                out.write(text.replace("STEPS", str(steps)))
 
 
 def prepare(folder: Path, text_cache: Path) -> None:
     """Everything that the documents' commands name; one training run of some seconds."""
     for name in COPIED:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    configs(folder, small=True)
+    configs(folder, steps=LONG)
     texts(folder)
     first = in_shell("python -m jaxmoe.train --run-dir runs/quickstart", folder, folder, text_cache)
     assert first.code == 0, first.said
+    configs(folder, steps=SHORT)
     for name in RUNS:
         shutil.copytree(folder / "runs" / "quickstart", folder / name)
     for name, record in RECORDS.items():
