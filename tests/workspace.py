@@ -209,7 +209,7 @@ def in_shell(text: str, folder: Path, package: Path, text_cache: Path) -> Ended:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=2 * PATIENCE,
+        timeout=4 * PATIENCE,
     )
     return Ended(text, done.returncode, done.stdout, time.monotonic() - began)
 
