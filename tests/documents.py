@@ -53,7 +53,7 @@ SUBCOMMANDS = {
     "report": ("diff",),
 }
 # What stands for a value that a parser takes as a number, and in templates.
-NUMBERS = {"N": "5", "K": "1", "D": "7", "X": "0.1"}
+NUMBERS = {"N": "1204", "K": "1", "D": "7", "X": "0.1"}
 BRACES = {"{n}": "4", "{run}": "runs/one", "{command}": "true", "{name}": "one"}
 
 
