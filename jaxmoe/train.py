@@ -51,7 +51,7 @@ EXAMPLES = """examples:
   python -m jaxmoe.train --set train.steps=300            the same, shorter
   python -m jaxmoe.train --set mesh.expert=4 --set mesh.model=2 --run-dir runs/sharded
                                                           on 8 emulated CPU devices
-  python -m jaxmoe.train --set data.path=my_texts --run-dir runs/mine
+  python -m jaxmoe.train --set data.path=my_texts --set "data.holdout=()" --run-dir runs/mine
                                                           on a folder of your own text files
 """
 

@@ -39,7 +39,7 @@ class Store:
         _write_metadata(folder / ARRAYS, list(leaves))
 
     def _create(self, name: str, spec: Spec, dtype: np.dtype) -> Any:
-        path = self._folder / ARRAYS / name.replace("/", ".")
+        path = (self._folder / ARRAYS / name.replace("/", ".")).absolute()  # as URLs want it
         return tensorstore.open(
             {
                 "driver": "zarr",

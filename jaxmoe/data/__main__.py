@@ -24,7 +24,7 @@ from jaxmoe.errors import UserError
 
 _EXAMPLES = """examples:
   python -m jaxmoe.data build
-  python -m jaxmoe.data build --set data.path=books --set data.holdout_bytes=2000000
+  python -m jaxmoe.data build --set data.path=books --set "data.holdout=()"
   python -m jaxmoe.data build --config configs/quickstart.py:tiny --json
   python -m jaxmoe.data inspect runs/quickstart --step 420
   python -m jaxmoe.data inspect --position 1000 --rows 2

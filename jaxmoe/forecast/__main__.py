@@ -35,7 +35,7 @@ EXAMPLES = """examples:
   python -m jaxmoe.forecast fit runs/tiny --at 300
   python -m jaxmoe.forecast fit ladder.csv --params 7e9 --tokens 2e11 --json
   python -m jaxmoe.forecast register --ladder ladder/records.jsonl --target configs/big.py
-  python -m jaxmoe.forecast register --ladder moe.jsonl --earlier dense.jsonl --target moe.py
+  python -m jaxmoe.forecast register --ladder moe.jsonl --earlier old.jsonl --target configs/big.py
   python -m jaxmoe.forecast passes counts.jsonl --flops 1e21 --run-dir runs/big
 
 exit codes: 0 success, 1 verify found problems, 2 a mistake in what was asked"""

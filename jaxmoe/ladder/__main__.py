@@ -15,7 +15,7 @@ from jaxmoe.ladder.runner import Asked
 EXAMPLES = """examples:
   python -m jaxmoe.ladder run --family configs/ladder.py --rungs 0..5 --seeds 2 --out ladders/moe
   python -m jaxmoe.ladder run --family configs/ladder.py:dense --rungs 0..4 --out ladders/dense \\
-      --horizons 0.25,0.5 --set data.path=my_texts
+      --horizons 0.25,0.5 --set data.path=my_texts --set "data.holdout=()"
   python -m jaxmoe.ladder run --family configs/ladder.py --rungs 0..7 --out ladders/big \\
       --submit 'sbatch --gpus-per-node=8 launch/slurm.sh --run-dir {run} --command {command}'
   python -m jaxmoe.ladder fit ladders/moe --budget 1e21 --picture ladder.svg
