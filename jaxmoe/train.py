@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,22 +63,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = config_lib.apply_sets(config_lib.load(str(args.config)), args.set)
         return run(config, record.run_dir(args.run_dir, config), args.resume)
     except UserError as error:
-        print(f"jaxmoe.train: {error}", file=sys.stderr)
-        return _leave(exits.MISTAKE)
+        return _leave(exits.MISTAKE, str(error))
     except Alarmed as alarm:
-        print(f"jaxmoe.train: {alarm}; the same command goes on from here", file=sys.stderr)
-        return _leave(exits.ALARM)
+        return _leave(exits.ALARM, f"{alarm}; the same command goes on from here")
     except Preempted as asked:
-        print(f"jaxmoe.train: {asked}; the same command goes on from here", file=sys.stderr)
-        return _leave(exits.REQUEUE)
+        return _leave(exits.REQUEUE, f"{asked}; the same command goes on from here")
     except Corrupted as found:
-        print(f"jaxmoe.train: {found}; the same command goes on from before", file=sys.stderr)
-        return _leave(exits.CORRUPTION)
+        return _leave(exits.CORRUPTION, f"{found}; the same command goes on from before")
     except KeyboardInterrupt:
-        print("jaxmoe.train: interrupted; the same command goes on from here", file=sys.stderr)
-        return _leave(exits.INTERRUPTED)
+        return _leave(exits.INTERRUPTED, "interrupted; the same command goes on from here")
     except Exception:
-        traceback.print_exc()
         return _leave(exits.FAULT)
 
 
@@ -151,11 +146,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _leave(code: int) -> int:
-    """Ends a process of several at once: JAX's shutdown barrier hangs when a peer is gone."""
+def _leave(code: int, why: str | None = None) -> int:
+    """Says why in one line (None: the traceback), and ends a process of several at once: JAX's
+    shutdown barrier hangs when a peer is gone. Nobody may be there to read it any more."""
+    with suppress(OSError):
+        if why is None:
+            traceback.print_exc()
+        else:
+            print(f"jaxmoe.train: {why}", file=sys.stderr)
     if jax.distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
         os._exit(code)
     return code
 

@@ -14,7 +14,9 @@ import pytest
 from processes import (
     LOCAL,
     PATIENCE,
+    ROOT,
     alive,
+    environment,
     events,
     finish,
     kill_group,
@@ -167,6 +169,24 @@ def test_kill_9_of_the_group_leaves_nobody(broken: Broken):
     code, _, _, left = broken.ends["kill_group"]
     assert code == -signal.SIGKILL
     assert left == []
+
+
+def test_a_run_that_nobody_reads_any_more_ends_as_a_whole(tmp_path: Path, text_cache: Path):
+    """As of `launch/local.sh 2 | head`: what cannot be written ends rank 0, and that the other."""
+    command = local(2, tmp_path / "run", "--set", "train.steps=4000")
+    own = {"env": environment(text_cache), "cwd": ROOT, "start_new_session": True, "text": True}
+    process = Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **own)
+    try:
+        while not process.stdout.readline().startswith("step "):
+            assert process.poll() is None
+        process.stdout.close()
+        assert process.wait(timeout=2 * ENDS_WITHIN) not in (0, 75)
+        end = time.monotonic() + ENDS_WITHIN
+        while alive(process.pid):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+    finally:
+        kill_group(process)
 
 
 @pytest.mark.parametrize("bad", ["model.d_modle=3", "mesh.data=3"], ids=["config", "mesh"])
