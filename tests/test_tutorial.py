@@ -70,7 +70,7 @@ class Walk:
 
         def saved() -> bool:
             time.sleep(0.05)
-            return any(self.mine.glob("checkpoints/[0-9]*/sha256.json")) and logged(self.mine) > 120
+            return any(self.mine.glob("checkpoints/[0-9]*/sha256.json")) and logged(self.mine) > 100
 
         with started(self.shell(command), self.text_cache, log) as process:
             wait_until(process, saved, log)
