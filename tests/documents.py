@@ -88,7 +88,7 @@ def in_blocks(text: str) -> Iterator[str]:
 def unknown(text: str) -> list[str]:
     """Lines of blocks that look like commands, of programs that PROGRAM does not have."""
     lines = [line.strip() for line in re.findall(r"^ {4,}(\S.*)$", text, re.M)]
-    likely = re.compile(r"(?:[A-Z_]+=\S+ )*[a-z][\w./-]* .*(?<= )--?[a-z]")
+    likely = re.compile(r"(?:[A-Z_]+=\S+ )*[a-z][\w./-]* (?!=).*(?<= )--?[a-z]")
     return [line for line in lines if likely.match(line) and not START.match(line)]
 
 

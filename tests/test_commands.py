@@ -72,6 +72,18 @@ NOT_RUN = {
         "billions of parameters",
         "tests/model/test_configs.py",
     ),
+    r"python -m jaxmoe\.data build .+ --tokenizer qwen3/tokenizer .+": (
+        "the tokenizer of a published model",
+        "tests/data/test_tokenizer_files.py",
+    ),
+    r"python -m jaxmoe\.data (holdout data/mine kept|overlap data/mine) .+": (
+        "the data set of that tokenizer",
+        "tests/test_tutorial.py",
+    ),
+    r"python -m jaxmoe\.train .+qwen3_moe\.py .+ --set data\.path=data/mine": (
+        "the data set of that tokenizer",
+        "tests/convert/test_init_from.py",
+    ),
     r"python benchmarks/(?!transfer\.py show).+": ("measures, for minutes", ""),
     # Words that stand for what a sentence is about.
     r"python -m jaxmoe\.supervise -- COMMAND": ("no command", "tests/test_supervise.py"),

@@ -44,7 +44,7 @@ OFTEN = {
 def sized(kills: int, processes: int) -> tuple[str, ...]:
     """A run that is long enough for so many kills: a start of one process gets some 15 steps ahead,
     one of two some 8."""
-    steps = 100 + (40 if processes == 1 else 16) * kills
+    steps = 100 + (30 if processes == 1 else 16) * kills
     own = OFTEN | {"train.steps": steps}
     return tuple(word for k, v in own.items() for word in ("--set", f"{k}={v}"))
 
