@@ -32,6 +32,7 @@ class Health:
         self.last_read = 0
         self.closely = 0  # until this step every one is recorded by layer
         self._evaluates = False
+        self._steps = False  # the end of one was seen
         self._watchdog = Watchdog(folder, lambda why: tell("hang", self.last_read, why))
         self.pace = Pace(mesh, config.slow)
         self._checksums: Checksums | None = None
@@ -103,13 +104,16 @@ class Health:
     # Deadlines
 
     def stepping(self, step: int) -> None:
-        """Update `step` is begun, while those before may still be computed."""
+        """Update `step` is begun, while those before may still be computed. The first ones belong to
+        the start: processes connect when they first add something up."""
         what = f"step {step} (the last that was read is {self.last_read})"
-        self._watchdog.expect(what, self._config.step_deadline)
+        own = self._config
+        self._watchdog.expect(what, own.step_deadline if self._steps else own.start_deadline)
 
     def read(self, step: int) -> None:
         """The results of an update are there."""
         self.last_read = step
+        self._steps = True
 
     def starting(self, what: str) -> None:
         """Compiling, which takes as long as a start may."""

@@ -176,6 +176,7 @@ def test_a_run_that_nobody_reads_any_more_ends_as_a_whole(tmp_path: Path, text_c
     command = local(2, tmp_path / "run", "--set", "train.steps=4000")
     own = {"env": environment(text_cache), "cwd": ROOT, "start_new_session": True, "text": True}
     process = Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **own)
+    assert process.stdout is not None
     try:
         while not process.stdout.readline().startswith("step "):
             assert process.poll() is None
