@@ -104,8 +104,8 @@ class Health:
     # Deadlines
 
     def stepping(self, step: int) -> None:
-        """Update `step` is begun, while those before may still be computed. The first ones belong to
-        the start: processes connect when they first add something up."""
+        """Update `step` is begun, while those before may still be computed. The first ones are part
+        of the start: processes connect when they first add something up."""
         what = f"step {step} (the last that was read is {self.last_read})"
         own = self._config
         self._watchdog.expect(what, own.step_deadline if self._steps else own.start_deadline)
