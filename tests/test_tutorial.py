@@ -7,14 +7,13 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from processes import ROOT, environment, events, kill_group, lines, started, wait_until
+from processes import ROOT, events, finish, kill_group, lines, started, wait_until
 
 TEXT = (ROOT / "docs" / "tutorial.md").read_text()
 STEP = re.compile(
@@ -52,16 +51,7 @@ class Walk:
         return ["env", "-C", str(self.folder), *words, "bash", "-c", command]
 
     def take(self, command: str) -> None:
-        done = subprocess.run(
-            self.shell(command),
-            env=environment(self.text_cache),
-            capture_output=True,
-            text=True,
-            timeout=400,
-            stdin=subprocess.DEVNULL,
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
-        self.said[command] = done.stdout
+        self.said[command] = finish(self.shell(command), self.text_cache, 400)
         self.run.append(command)
 
     def take_and_kill(self, command: str) -> None:

@@ -29,9 +29,9 @@ DIAL = (
     *("data.cache", "data.damaged"),
     *("model.d_model", "model.n_layers", "model.n_heads", "model.n_kv_heads", "model.d_head"),
     *("model.mla.*", "model.d_ff", "model.d_ff_dense", "model.n_experts", "model.top_k"),
-    *("model.loss_chunk", "model.remat", "model.*_path", "model.*_exchange"),
-    *("model.context_attention", "optim.lr", "optim.weight_decay", "optim.warmup_steps"),
-    *("optim.eps", "optim.shard_over_replica", "train.steps", "train.batch_size"),
+    *record.COMPUTED,
+    *("optim.lr", "optim.weight_decay", "optim.warmup_steps"),
+    *("optim.eps", "train.steps", "train.batch_size"),
     *("train.batch_ramp", "train.accumulate", "train.log_every", "eval.every", "eval.batch_size"),
 )
 

@@ -65,10 +65,10 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
-# Of the model: paths to the same losses, but for rounding.
-_COMPUTED = (
-    *("remat", "loss_chunk", "attention_path", "context_attention"),
-    *("expert_path", "expert_exchange"),
+# Leaves that say how the same losses are computed: they change them by rounding alone.
+COMPUTED = (
+    *("model.remat", "model.loss_chunk", "model.attention_path", "model.context_attention"),
+    *("model.expert_path", "model.expert_exchange", "optim.shard_over_replica"),
 )
 
 
@@ -101,15 +101,16 @@ def forbidden(before: Config, now: Config) -> list[str]:
 def _decisive(config: Config) -> Config:
     """The recipe without what says only how it is computed, which another machine may want
     otherwise."""
-    default, model, router = Config(), config.model, config.model.router
+    router = config.model.router
     # Loads of one part, or noise drawn for it, are not those of the whole batch (RouterConfig).
     whole = router.load_balance_coef == 0 or router.load_balance_scope == "sequence"
-    if model.n_experts == 1 or (whole and router.jitter == 0):
+    if config.model.n_experts == 1 or (whole and router.jitter == 0):
         ramp = tuple(replace(stage, accumulate=1) for stage in config.train.batch_ramp)
         config = replace(config, train=replace(config.train, accumulate=1, batch_ramp=ramp))
-    computed = {name: getattr(default.model, name) for name in _COMPUTED}
-    shared = replace(config.optim, shard_over_replica=default.optim.shard_over_replica)
-    return recipe(replace(config, model=replace(model, **computed), optim=shared))
+    for part, name in (key.split(".") for key in COMPUTED):
+        plain = getattr(getattr(Config(), part), name)
+        config = replace(config, **{part: replace(getattr(config, part), **{name: plain})})
+    return recipe(config)
 
 
 def run_dir(given: str | Path | None, config: Config) -> Path:
