@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from processes import ROOT, events, finish, kill_group, lines, started, wait_until
 
+from jaxmoe.run.record import checkpoint_steps
+
 TEXT = (ROOT / "docs" / "tutorial.md").read_text()
 STEP = re.compile(
     r"Write `(?P<file>[\w/.]+)`:\n\n```python\n(?P<code>[^`]*)```|^    (?P<line>\S.*)$", re.M
@@ -60,7 +62,7 @@ class Walk:
 
         def saved() -> bool:
             time.sleep(0.05)
-            return any(self.mine.glob("checkpoints/[0-9]*/sha256.json"))
+            return bool(checkpoint_steps(self.mine))  # by their last name: whole
 
         with started(self.shell(command), self.text_cache, log) as process:
             wait_until(process, saved, log)
